@@ -1,0 +1,249 @@
+"""The bundle: one folder, or one zip of it, that holds a whole detector.
+
+``bundle.json`` (the manifest) names every other file with its SHA-256 and seals itself with one.
+Tensor files carry part of their hash in the name, so a new state is written beside the old one and
+becomes the bundle in the one instant in which ``bundle.json`` is replaced: killed at any moment,
+the folder is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zipfile
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.numpy import load as tensors_from_bytes
+from safetensors.numpy import save as tensors_to_bytes
+
+from anomalyst.errors import InputError
+
+SCHEMA_VERSION = 1
+MANIFEST = "bundle.json"
+Arrays = Mapping[str, npt.NDArray[Any]]
+
+_PACKAGES = ("anomalyst", "numpy", "pillow", "torch", "timm", "open-clip-torch")
+
+
+class BackboneRecord(BaseModel):
+    """Which frozen features the detector stands on."""
+
+    model_config = ConfigDict(extra="forbid")
+    id: str
+    layers: tuple[int, ...]
+    weights_sha256: str
+
+
+class ReferenceRecord(BaseModel):
+    """One enrolled reference: its file name and the SHA-256 of its content."""
+
+    model_config = ConfigDict(extra="forbid")
+    name: str
+    sha256: str
+    label: int = 0
+
+
+class CategoryRecord(BaseModel):
+    """What the detector knows of one category."""
+
+    model_config = ConfigDict(extra="forbid")
+    references: list[ReferenceRecord] = []
+    calibration_scores: list[float] = []
+    calibration_maxima: list[float] = []
+
+
+class Manifest(BaseModel):
+    """The content of ``bundle.json``."""
+
+    model_config = ConfigDict(extra="forbid")
+    schema_version: int = SCHEMA_VERSION
+    method: str
+    options: dict[str, Any]
+    seed: int
+    backbone: BackboneRecord
+    preprocess: dict[str, Any]
+    alpha: float
+    alpha_review: float
+    categories: dict[str, CategoryRecord]
+    setting: str
+    shots: int | None
+    data_fingerprint: str
+    seconds: dict[str, float]
+    versions: dict[str, str]
+    created: str
+    files: dict[str, str] = {}
+    """Part (``backbone``, ``method``, ...) -> file name; the hash of each is in ``sha256``."""
+    sha256: dict[str, str] = {}
+
+
+def package_versions() -> dict[str, str]:
+    """Return the installed versions of the packages that a result depends on."""
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def now() -> str:
+    """Return the time in UTC, ISO 8601 to the second."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def write_bundle(path: Path, manifest: Manifest, parts: Mapping[str, Arrays]) -> None:
+    """Write a bundle, replacing the one that is there, as a folder or (``.zip``) as one file.
+
+    Raises
+    ------
+    InputError
+        The folder holds something else, or cannot be written.
+    """
+    blobs = {}
+    for part, arrays in parts.items():
+        blob = tensors_to_bytes({key: np.ascontiguousarray(value) for key, value in arrays.items()})
+        digest = hashlib.sha256(blob).hexdigest()
+        name = f"{part}-{digest[:12]}.safetensors"
+        manifest.files[part], manifest.sha256[name] = name, digest
+        blobs[name] = blob
+    text = _sealed(manifest)
+    try:
+        if path.suffix == ".zip":
+            _write_zip(path, {MANIFEST: text, **blobs})
+        else:
+            _write_folder(path, text, blobs)
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot write the bundle ({error.strerror or error}); "
+            "choose a folder with room that you may write to"
+        ) from error
+
+
+def _seal(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _sealed(manifest: Manifest) -> bytes:
+    """Return the manifest as JSON that carries the hash of its own content."""
+    content = manifest.model_dump(mode="json")
+    return json.dumps({**content, "seal": _seal(content)}, indent=2).encode()
+
+
+def _write_zip(path: Path, files: Mapping[str, bytes]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+            for name, blob in files.items():
+                archive.writestr(name, blob)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _write_folder(path: Path, manifest: bytes, blobs: Mapping[str, bytes]) -> None:
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{path} is a file: name a folder (or a .zip) for the bundle")
+    if path.is_dir() and any(path.iterdir()) and not (path / MANIFEST).exists():
+        raise InputError(f"{path} holds other files and no {MANIFEST}: name a new folder")
+    path.mkdir(parents=True, exist_ok=True)
+    for name, blob in blobs.items():
+        if not (path / name).exists():
+            replace_file(path / name, blob)
+    replace_file(path / MANIFEST, manifest)
+    for old in path.glob("*.safetensors"):
+        if old.name not in blobs:
+            old.unlink()
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file so that readers see the old content or the new, never a part."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_bundle(path: Path) -> tuple[Manifest, dict[str, dict[str, npt.NDArray[Any]]]]:
+    """Return the manifest and the tensors of every part, hashes verified.
+
+    Raises
+    ------
+    InputError
+        Not a bundle, a file missing or altered, or written by a newer anomalyst.
+    """
+    if not path.exists():
+        raise InputError(f"{path}: no such bundle; make one with: anomalyst fit METHOD DATA -o DIR")
+    try:
+        read = _zip_reader(path) if path.is_file() else _folder_reader(path)
+        manifest = _parse(path, read(MANIFEST))
+        parts = {}
+        for part, name in manifest.files.items():
+            blob = read(name)
+            if hashlib.sha256(blob).hexdigest() != manifest.sha256.get(name):
+                raise InputError(f"{path}: {name} was altered (SHA-256 differs); copy it again")
+            parts[part] = tensors_from_bytes(blob)
+    except (KeyError, FileNotFoundError) as error:
+        raise InputError(f"{path}: not a whole bundle, {error} is missing; copy it again") from None
+    except (zipfile.BadZipFile, SafetensorError, OSError) as error:
+        raise InputError(f"{path}: cannot be read as a bundle ({error}); copy it again") from None
+    return manifest, parts
+
+
+def _folder_reader(path: Path) -> Any:
+    def read(name: str) -> bytes:
+        if Path(name).name != name:
+            raise InputError(f"{path}: {MANIFEST} names a file outside the bundle: {name!r}")
+        if not (path / name).is_file():
+            raise FileNotFoundError(name)
+        return (path / name).read_bytes()
+
+    return read
+
+
+def _zip_reader(path: Path) -> Any:
+    return zipfile.ZipFile(path).read
+
+
+def _parse(path: Path, text: bytes) -> Manifest:
+    try:
+        raw = json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{path}/{MANIFEST}: not JSON ({error}); copy the bundle again") from None
+    version = raw.get("schema_version") if isinstance(raw, dict) else None
+    if isinstance(version, int) and version > SCHEMA_VERSION:
+        raise InputError(
+            f"{path}: bundle of schema {version}, this anomalyst reads up to {SCHEMA_VERSION}; "
+            "upgrade with: pip install -U anomalyst"
+        )
+    if not isinstance(raw, dict) or raw.pop("seal", None) != _seal(raw):
+        raise InputError(f"{path}/{MANIFEST} was altered (SHA-256 differs); copy the bundle again")
+    try:
+        return Manifest.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise InputError(f"{path}/{MANIFEST}: {where}: {first['msg']}") from None
+
+
+def bundle_hash(path: Path) -> str:
+    """Return the SHA-256 of the manifest, which fixes every other file: the bundle's identity."""
+    if path.is_file():
+        with zipfile.ZipFile(path) as archive:
+            return hashlib.sha256(archive.read(MANIFEST)).hexdigest()
+    return hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest()

@@ -1,0 +1,432 @@
+"""The command line: thin commands, every one a call that the Python API has too."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from anomalyst.console import progress, say, show_json, show_metrics, show_table
+from anomalyst.errors import InputError
+
+app = typer.Typer(
+    name="anomalyst",
+    help="Find visual defects from a few good images.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    epilog="First steps: anomalyst demo. Any command takes --help and --debug (full traceback).",
+)
+weights_app = typer.Typer(
+    help="Backbone weights, also for machines without internet.", no_args_is_help=True
+)
+app.add_typer(weights_app, name="weights")
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+Bundle = Annotated[Path, typer.Argument(help="Bundle: a folder or .zip that `fit` wrote.")]
+Data = Annotated[Path, typer.Argument(help="Data set folder; its layout is recognised.")]
+Categories = Annotated[
+    list[str] | None, typer.Option("--category", help="Only this category; repeatable.")
+]
+Layout = Annotated[
+    str | None,
+    typer.Option(help="Force the layout: mvtec, visa, btad, mpdd, realiad or folder."),
+]
+Alpha = Annotated[
+    float | None,
+    typer.Option(help="Share of good parts that may be called NG [default: the bundle's, 0.01]."),
+]
+AlphaReview = Annotated[
+    float | None,
+    typer.Option(help="Share of good parts that may be sent to review or NG [default: 0.05]."),
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+CacheFolder = Annotated[
+    Path | None,
+    typer.Option("--feature-cache", help="Keep frozen features here, for repeated runs."),
+]
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the results.")] = Path(
+        "out/demo"
+    ),
+    shots: Annotated[int, typer.Option(help="Good cells of each kind to compare with.")] = 16,
+    as_json: Json = False,
+) -> None:
+    """Find defects on real solar cells: fit, calibrate, predict, report."""
+    from anomalyst.demo import run_demo
+
+    metrics, report = run_demo(output, shots)
+    show_json(metrics) if as_json else show_metrics(metrics)
+    say(f"report: {report}")
+
+
+@app.command()
+def methods(as_json: Json = False) -> None:
+    """List the methods and what each can do and needs."""
+    from anomalyst.methods.base import methods as registered
+
+    rows = registered()
+    if as_json:
+        show_json(rows)
+        return
+    columns = [key for key in rows[0] if key != "summary"]
+    show_table(columns, [[row[key] for key in columns] for row in rows])
+    for row in rows:
+        print(f"{row['name']}: {row['summary']}")
+
+
+@app.command()
+def backbones(as_json: Json = False) -> None:
+    """List the backbones and which of them work here without a download."""
+    from anomalyst.features.backbones import backbones as known
+
+    rows = known()
+    if as_json:
+        show_json(rows)
+        return
+    columns = list(rows[0])
+    show_table(columns, [[row[key] for key in columns] for row in rows])
+
+
+@app.command()
+def fit(
+    method: Annotated[str, typer.Argument(help="A method; see `anomalyst methods`.")],
+    data: Data,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Bundle: folder or .zip.")],
+    category: Categories = None,
+    layout: Layout = None,
+    shots: Annotated[
+        int | None, typer.Option(min=1, help="References a category [default: all].")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Fixes every random choice.")] = 0,
+    backbone: Annotated[str, typer.Option(help="See `anomalyst backbones`.")] = "auto",
+    weights: Annotated[str | None, typer.Option(help="file:PATH of the backbone's weights.")] = None,
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Short side in pixels [default: the backbone's].")
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="A method's named settings, such as paper.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A method's option; repeatable."),
+    ] = None,
+    calibration: Annotated[
+        float, typer.Option(min=0, max=0.9, help="Share of good images held out to calibrate.")
+    ] = 0.2,
+    alpha: Alpha = None,
+    alpha_review: AlphaReview = None,
+    device: Device = "auto",
+    offline: Annotated[bool, typer.Option("--offline", help="Forbid downloads.")] = False,
+    feature_cache: CacheFolder = None,
+) -> None:
+    """Make a detector from good images and write it as a bundle."""
+    from anomalyst.data.layouts import load_dataset
+    from anomalyst.detector import Detector
+    from anomalyst.settings import detector_settings, given_decision
+
+    chosen = detector_settings(
+        method, preset, settings or [], backbone=backbone, image_size=image_size
+    )
+    detector = Detector(
+        method,
+        **chosen,
+        weights=weights,
+        seed=seed,
+        decision=given_decision(alpha, alpha_review),
+        device=device,
+        offline=offline,
+        feature_cache=_cache(feature_cache),
+    )
+    training = load_dataset(data, layout=layout, categories=category).train
+    detector.fit(training, shots=shots, calibration=calibration)
+    if alpha is not None:
+        detector.require_level(alpha)
+    detector.save(output)
+    _tell_state(detector)
+    print(output)
+
+
+@app.command()
+def enroll(
+    bundle: Bundle,
+    category: Annotated[str, typer.Argument(help="The product; a new one or one it knows.")],
+    normal: Annotated[list[Path], typer.Option(help="Good image or folder; repeatable.")],
+    abnormal: Annotated[
+        list[Path] | None, typer.Option(help="Image of a known defect; repeatable.")
+    ] = None,
+    mask: Annotated[
+        list[Path] | None, typer.Option(help="Mask of each --abnormal, in the same order.")
+    ] = None,
+    device: Device = "auto",
+) -> None:
+    """Add references of a category to a bundle: seconds, no training."""
+    from anomalyst.data.images import list_images
+    from anomalyst.detector import Detector
+
+    detector = Detector.load(bundle, device=device)
+    bad, masks = abnormal or [], mask or []
+    if masks and len(masks) != len(bad):
+        raise InputError(f"{len(bad)} --abnormal but {len(masks)} --mask: give one mask for each")
+    images = [path for given in normal for path in list_images(given)]
+    pairs = list(zip(bad, masks or [None] * len(bad), strict=True))
+    detector.enroll(category, images, pairs)
+    detector.save(bundle)
+    _tell_state(detector)
+    print(bundle)
+
+
+@app.command()
+def calibrate(
+    bundle: Bundle,
+    data: Data,
+    category: Categories = None,
+    layout: Layout = None,
+    alpha: Alpha = None,
+    alpha_review: AlphaReview = None,
+    device: Device = "auto",
+) -> None:
+    """Calibrate a bundle on good images that are none of its references."""
+    from anomalyst.data.layouts import load_dataset
+    from anomalyst.detector import Detector
+    from anomalyst.settings import given_decision
+
+    detector = Detector.load(bundle, device=device)
+    detector.decision = given_decision(alpha, alpha_review, detector.decision)
+    found = load_dataset(data, layout=layout)
+    detector.calibrate(detector.match_categories(found, category))
+    if alpha is not None:
+        detector.require_level(alpha)
+    detector.save(bundle)
+    _tell_state(detector)
+    print(bundle)
+
+
+@app.command()
+def predict(
+    bundle: Bundle,
+    images: Annotated[list[Path], typer.Argument(help="Images, or folders of them.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the results.")],
+    category: Annotated[
+        str | None, typer.Option(help="The product on all images [default: found by similarity].")
+    ] = None,
+    alpha: Alpha = None,
+    alpha_review: AlphaReview = None,
+    maps: Annotated[bool, typer.Option("--maps", help="Write each score map as .npy.")] = False,
+    overlays: Annotated[
+        bool, typer.Option("--overlays", help="Write each image under its heat map as .png.")
+    ] = False,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Judge images: predictions.jsonl, one line an image, in input order."""
+    from anomalyst.data.images import list_images
+    from anomalyst.detector import Detector
+    from anomalyst.predictions import OutputChoice, to_record, write_predictions
+    from anomalyst.settings import given_decision
+
+    detector = Detector.load(bundle, device=device)
+    detector.decision = given_decision(alpha, alpha_review, detector.decision)
+    if alpha is not None:
+        detector.require_level(alpha)
+    sources = [path for given in images for path in _expand(given, list_images)]
+    counts: dict[str, int] = {}
+    with progress("predict", len(sources)) as advance:
+        for found in write_predictions(
+            detector,
+            sources,
+            output,
+            category=category,
+            choice=OutputChoice(maps, overlays),
+        ):
+            word = "error" if found.error else found.verdict or "not calibrated"
+            counts[word] = counts.get(word, 0) + 1
+            if found.error:
+                say(f"error: {found.error}")
+            if as_json:
+                show_json(to_record(found))
+            advance(1)
+    say(", ".join(f"{count} {word}" for word, count in sorted(counts.items())))
+    if not as_json:
+        print(output / "predictions.jsonl")
+    if counts.get("error"):
+        raise typer.Exit(2)
+
+
+@app.command()
+def evaluate(
+    bundle: Bundle,
+    data: Data,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the results.")],
+    category: Categories = None,
+    layout: Layout = None,
+    eval_size: Annotated[
+        str, typer.Option(help="Side in pixels at which maps meet masks, or `original`.")
+    ] = "256",
+    device: Device = "auto",
+    feature_cache: CacheFolder = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a bundle on a test set: metrics.json and report.html."""
+    from anomalyst.data.layouts import load_dataset
+    from anomalyst.detector import Detector
+    from anomalyst.evaluation import evaluate as measure
+    from anomalyst.evaluation import test_samples, write_metrics
+    from anomalyst.evaluation_report import write_evaluation_report
+    from anomalyst.settings import parse_eval_size
+
+    size = parse_eval_size(eval_size)
+    detector = Detector.load(bundle, device=device, feature_cache=_cache(feature_cache))
+    found = load_dataset(data, layout=layout, categories=category)
+    with progress("evaluate", len(test_samples(detector, found))) as advance:
+        result = measure(detector, found, eval_size=size, progress=advance)
+    write_metrics(result, output)
+    report = write_evaluation_report(result, detector, output, source=bundle, data=found)
+    show_json(result.metrics) if as_json else show_metrics(result.metrics)
+    say(f"report: {report}")
+    for error in result.errors:
+        say(f"error: {error}")
+    if result.errors:
+        raise typer.Exit(2)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Tell what works here: extras, weights, devices, and a self-test in seconds."""
+    from anomalyst.doctor import examine
+
+    rows = examine()
+    if as_json:
+        show_json(rows)
+    else:
+        show_table(["check", "works", "detail"], [list(row.values()) for row in rows])
+    if not all(row["works"] for row in rows if row["check"] == "self-test"):
+        raise typer.Exit(1)
+
+
+@weights_app.command("list")
+def weights_list(as_json: Json = False) -> None:
+    """List every backbone's weights: where they are, or that they are missing."""
+    from anomalyst.features.weights import list_weights
+
+    rows = list_weights()
+    if as_json:
+        show_json(rows)
+        return
+    show_table(list(rows[0]), [list(row.values()) for row in rows])
+
+
+@weights_app.command("fetch")
+def weights_fetch(backbone: Annotated[str, typer.Argument(help="A backbone id.")]) -> None:
+    """Download a backbone's weights into the local store."""
+    from anomalyst.features.weights import fetch
+
+    print(fetch(backbone))
+
+
+@weights_app.command("pack")
+def weights_pack(
+    backbone: Annotated[str, typer.Argument(help="A backbone id.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The file to carry.")],
+) -> None:
+    """Write a backbone's weights to one file, to carry to a machine without internet."""
+    from anomalyst.features.weights import pack
+
+    print(pack(backbone, output))
+
+
+@weights_app.command("add")
+def weights_add(
+    file: Annotated[Path, typer.Argument(help="A file that `weights pack` wrote, or safetensors.")],
+    backbone: Annotated[
+        str | None, typer.Option(help="Its backbone id [default: what the file says].")
+    ] = None,
+) -> None:
+    """Put weights from a file into the local store of this machine."""
+    from anomalyst.features.weights import add
+
+    print(add(file, backbone))
+
+
+def _cache(folder: Path | None) -> Any:
+    if folder is None:
+        return None
+    from anomalyst.features.cache import FeatureCache
+
+    return FeatureCache(folder)
+
+
+def _expand(path: Path, list_images: Any) -> list[Path]:
+    """Return a folder's images; anything else stays, so that a bad one becomes its own line."""
+    return list(list_images(path)) if path.is_dir() else [path]
+
+
+def _tell_state(detector: Any) -> None:
+    """Say what the detector can promise, category by category."""
+    for line in detector.describe():
+        say(line)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from anomalyst import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line: 0 done, 2 the user's input or data is at fault, 1 our fault."""
+    arguments = [word for word in sys.argv[1:] if word != "--debug"]
+    debug = len(arguments) != len(sys.argv) - 1
+    try:
+        code = app(arguments, standalone_mode=False)
+    except Exception as error:
+        if debug:
+            raise
+        sys.exit(_explain(error))
+    except KeyboardInterrupt:
+        say("stopped; nothing half-written was left")
+        sys.exit(130)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _explain(error: Exception) -> int:
+    """Print one line on an error and return the exit code."""
+    import click
+
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
+        print(error.format_message())
+        return 2
+    if isinstance(error, click.ClickException):
+        say(f"error: {error.format_message()}")
+        return 2
+    if isinstance(error, click.exceptions.Abort):
+        say("stopped")
+        return 130
+    if isinstance(error, InputError):
+        say(f"error: {error}")
+        return 2
+    if isinstance(error, ImportError) and error.name:
+        say(f"error: this needs {error.name}; install it with: pip install 'anomalyst[train]'")
+        return 2
+    say(f"internal error, our fault: {type(error).__name__}: {error} (--debug shows where)")
+    return 1
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""What the command line shows: results on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+
+def say(text: str) -> None:
+    """Print one line of progress or explanation to stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def show_json(value: object) -> None:
+    """Print a result for machines."""
+    print(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+
+
+def show_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Print a result for people; numbers to three decimals, nothing as a dash."""
+    from rich.box import SIMPLE
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*columns, box=SIMPLE, show_edge=False, pad_edge=False)
+    for row in rows:
+        table.add_row(*(Text(_cell(value)) for value in row))
+    console = Console()
+    # Off a terminal nothing may be cut: a pipe has no width.
+    console.print(table) if console.is_terminal else Console(width=200).print(table)
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "–"  # noqa: RUF001
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def show_metrics(metrics: Mapping[str, Any]) -> None:
+    """Print the per-category table of ``metrics.json`` and its mean."""
+    from anomalyst.evaluation import METRICS
+
+    rows = [
+        [name, row["n_normal"], row["n_anomalous"], *(row[key] for key in METRICS)]
+        for name, row in metrics["categories"].items()
+    ]
+    if len(rows) > 1:
+        rows.append(["mean", "", "", *(metrics["mean"][key] for key in METRICS)])
+    show_table(["category", "normal", "anomalous", *METRICS], rows)
+
+
+@contextmanager
+def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show progress: a bar on a terminal, a line every tenth part elsewhere."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    if console.is_terminal:
+        with Progress(
+            "{task.description}",
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=console,
+        ) as bar:
+            task = bar.add_task(label, total=total)
+            yield lambda step: bar.advance(task, step)
+        return
+    done = 0
+
+    def advance(step: int) -> None:
+        nonlocal done
+        before, done = done, done + step
+        if total and before * 10 // total != done * 10 // total:
+            say(f"{label} {done}/{total}")
+
+    yield advance

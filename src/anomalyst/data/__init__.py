@@ -1,0 +1,1 @@
+"""Data sets and pixels: layouts, image reading and the one preprocessing function."""

@@ -1,0 +1,167 @@
+"""Layouts that are told by their folders: MVTec AD, MPDD, BTAD and folders of images.
+
+A layout is a pair of functions: ``find_...`` maps the categories below a root to their folders (none
+means that the root has another layout), ``read_...`` returns one category's (train, test) samples.
+Files beside the folders that a layout names are ignored.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from anomalyst.data.images import IMAGE_SUFFIXES, display_name, folder_entries, list_images
+from anomalyst.errors import InputError
+from anomalyst.types import Sample
+
+Split = tuple[list[Sample], list[Sample]]
+
+MPDD_CATEGORIES = frozenset(
+    {"bracket_black", "bracket_brown", "bracket_white", "connector", "metal_plate", "tubes"}
+)
+GOOD_FOLDERS = frozenset({"good", "ok", "normal"})
+MASK_FOLDERS = frozenset({"masks", "mask", "ground_truth"})
+SPLIT_FOLDERS = frozenset({"train", "test"})
+TEST_EVERY = 5
+
+
+def find_mvtec(root: Path) -> dict[str, Path]:
+    """Find the folders with a ``train/good``, or take the root when it has one itself."""
+    return _find_split(root, "good")
+
+
+def read_mvtec(root: Path, category: str, folder: Path) -> Split:
+    """Read ``train/good``, ``test/DEFECT`` and ``ground_truth/DEFECT/STEM_mask.png``."""
+    return _read_split(category, folder, "good")
+
+
+def find_mpdd(root: Path) -> dict[str, Path]:
+    """Find the categories of an MVTec tree when every name is one of MPDD's."""
+    found = find_mvtec(root)
+    return found if MPDD_CATEGORIES.issuperset(found) else {}
+
+
+def find_btad(root: Path) -> dict[str, Path]:
+    """Find the folders with a ``train/ok``, or take the root when it has one itself."""
+    return _find_split(root, "ok")
+
+
+def read_btad(root: Path, category: str, folder: Path) -> Split:
+    """Read ``train/ok``, ``test/{ok,ko}`` and ``ground_truth/ko/STEM`` (png; bmp in 03)."""
+    return _read_split(category, folder, "ok")
+
+
+def find_folder(root: Path) -> dict[str, Path]:
+    """Find the folders that have a folder of good images, or take the root.
+
+    The root is one category when it has such a folder itself, or holds images and no folder.
+    """
+    names = sub_folders(root)
+    if _good_among(names) or (not names and _has_images(root)):
+        return {root.resolve().name: root}
+    return {
+        name: root / name
+        for name in names
+        if name not in SPLIT_FOLDERS and _good_among(sub_folders(root / name))
+    }
+
+
+def read_folder(root: Path, category: str, folder: Path) -> Split:
+    """Read good images, defective ones (one folder a defect) and their masks.
+
+    The 2nd, 7th, 12th ... good image by name is a test image when there are defective ones, and
+    all others train; without defective images all train and nothing is tested. Masks lie in
+    ``masks/DEFECT`` or, where no two defects share a file name, in ``masks``.
+    """
+    names = sub_folders(folder)
+    if not names:
+        return _samples(list_images(folder), category, "good", {}), []
+    good_folders = _good_among(names)
+    if len(good_folders) > 1:
+        raise InputError(
+            f"{display_name(folder)}: {' and '.join(good_folders)} both stand for good images; "
+            "move these into one folder"
+        )
+    good = _samples(list_images(folder / good_folders[0]), category, "good", {})
+    bad = _read_defects(folder, category, [name for name in names if name not in good_folders])
+    if not bad:
+        return good, []
+    train = [sample for place, sample in enumerate(good) if place % TEST_EVERY != 1]
+    return train, good[1::TEST_EVERY] + bad
+
+
+def sub_folders(folder: Path) -> list[str]:
+    """Return the names of the folders in a folder, sorted, hidden ones left out."""
+    return [name for name in folder_entries(folder) if os.path.isdir(folder / name)]
+
+
+def _good_among(names: list[str]) -> list[str]:
+    return [name for name in names if name.lower() in GOOD_FOLDERS]
+
+
+def _has_images(folder: Path) -> bool:
+    return any(Path(name).suffix.lower() in IMAGE_SUFFIXES for name in folder_entries(folder))
+
+
+def _find_split(root: Path, good: str) -> dict[str, Path]:
+    if os.path.isdir(root / "train" / good):
+        return {root.resolve().name: root}
+    return {
+        name: root / name
+        for name in sub_folders(root)
+        if os.path.isdir(root / name / "train" / good)
+    }
+
+
+def _read_split(category: str, folder: Path, good: str) -> Split:
+    train = _samples(list_images(folder / "train" / good), category, "good", {})
+    test: list[Sample] = []
+    if os.path.isdir(folder / "test"):
+        for name in sub_folders(folder / "test"):
+            images = folder / "test" / name
+            if not _has_images(images):
+                continue
+            defect = "good" if name == good else name
+            masks = _masks_in(folder / "ground_truth" / name)
+            test += _samples(list_images(images), category, defect, masks)
+    return train, test
+
+
+def _read_defects(folder: Path, category: str, names: list[str]) -> list[Sample]:
+    mask_folders = [folder / name for name in names if name.lower() in MASK_FOLDERS]
+    found: list[Sample] = []
+    flat: dict[Path, Path] = {}
+    for name in names:
+        if folder / name in mask_folders or not _has_images(folder / name):
+            continue
+        images = list_images(folder / name)
+        masks: dict[str, Path] = {}
+        for mask_folder in mask_folders:
+            masks |= _masks_in(mask_folder / name) or _masks_in(mask_folder)
+        found += _samples(images, category, name, masks)
+    for sample in found:
+        if sample.mask is not None and flat.setdefault(sample.mask, sample.path) != sample.path:
+            raise InputError(
+                f"{display_name(sample.mask)} would be the mask of both {flat[sample.mask]} and "
+                f"{sample.path}: put masks into one folder a defect, like the images"
+            )
+    return found
+
+
+def _masks_in(folder: Path) -> dict[str, Path]:
+    """Return a folder's images by stem; none where there is no such folder."""
+    if not os.path.isdir(folder) or not _has_images(folder):
+        return {}
+    return {path.stem: path for path in list_images(folder)}
+
+
+def _samples(
+    images: list[Path], category: str, defect: str, masks: Mapping[str, Path]
+) -> list[Sample]:
+    if defect == "good":
+        return [Sample(path, category, 0, defect) for path in images]
+    return [
+        Sample(path, category, 1, defect, masks.get(f"{path.stem}_mask", masks.get(path.stem)))
+        for path in images
+    ]

@@ -1,0 +1,235 @@
+"""Judge a test set and measure: ``metrics.json`` and the report."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from anomalyst.bundle import now, package_versions, replace_file
+from anomalyst.data.images import read_mask
+from anomalyst.data.layouts import Dataset
+from anomalyst.detector import Detector
+from anomalyst.errors import InputError
+from anomalyst.inference import source_hash
+from anomalyst.metrics import ImageMetrics, ImageResult, PixelMetrics, PixelResult
+from anomalyst.types import BoolArray, FloatArray, Prediction, Sample, ScoreMap
+
+METRICS = ("i_auroc", "i_ap", "i_f1max", "p_auroc", "p_ap", "p_f1max", "aupro")
+EVAL_SIZE = 256
+
+
+@dataclass
+class CategoryEvaluation:
+    """One category's test images and what came out; ``pixels`` is None where there are no masks."""
+
+    name: str
+    samples: list[Sample] = field(default_factory=list)
+    predictions: list[Prediction] = field(default_factory=list)
+    image_metrics: ImageMetrics = field(default_factory=ImageMetrics)
+    pixel_metrics: PixelMetrics = field(default_factory=PixelMetrics)
+    masks: int = 0
+
+    @property
+    def image(self) -> ImageResult:
+        """Image-level metrics."""
+        return self.image_metrics.result()
+
+    @property
+    def pixel(self) -> PixelResult | None:
+        """Pixel-level metrics."""
+        return self.pixel_metrics.result() if self.masks else None
+
+    def add(self, sample: Sample, prediction: Prediction, eval_size: int | None) -> None:
+        """Take in one judged image; a mask that cannot be read raises `InputError`."""
+        score_map = prediction.score_map
+        if score_map is None or prediction.score is None:
+            raise ValueError("only judged images can be added")
+        mask = None if sample.mask is None else read_mask(sample.mask, score_map.size)
+        self.samples.append(sample)
+        self.predictions.append(prediction)
+        self.image_metrics.update(prediction.score, int(sample.label == 1))
+        if sample.label == 1 and mask is None:
+            return  # where its defect is, nobody knows: no pixel of it counts
+        self.masks += mask is not None
+        self.pixel_metrics.update(*_at_eval_size(score_map, mask, eval_size))
+
+
+def _at_eval_size(
+    score_map: ScoreMap, mask: BoolArray | None, eval_size: int | None
+) -> tuple[FloatArray, BoolArray | None]:
+    """Return map and mask of the part of the image that the method saw, at the evaluation size."""
+    top, left, height, width = (round(edge) for edge in score_map.box)
+    seen = ScoreMap(
+        score_map.values, (height, width), score_map.sigma, (0.0, 0.0, float(height), float(width))
+    )
+    rows, columns = (height, width) if eval_size is None else (eval_size, eval_size)
+    if mask is not None:
+        # Nearest neighbour at pixel centres, as the papers resize their masks.
+        y = top + ((np.arange(rows) + 0.5) * height / rows).astype(int)
+        x = left + ((np.arange(columns) + 0.5) * width / columns).astype(int)
+        mask = mask[np.ix_(y, x)]
+    return seen.at(rows, columns), mask
+
+
+@dataclass
+class Evaluation:
+    """All categories' results, and the content of ``metrics.json``."""
+
+    categories: dict[str, CategoryEvaluation]
+    metrics: dict[str, Any]
+    errors: list[str]
+
+
+def test_samples(detector: Detector, data: Dataset) -> list[Sample]:
+    """Return the test images of the detector's categories, its references left out.
+
+    Raises
+    ------
+    InputError
+        The data set has no test image of any of the detector's categories.
+    """
+    used = {r.sha256 for records in detector.references.values() for r in records}
+    chosen = [s for s in data.test if s.category in detector.references]
+    if not chosen:
+        raise InputError(
+            f"{data.root}: no test images of this detector's categories "
+            f"({', '.join(detector.categories)}); it has {', '.join(data.categories) or 'none'}"
+        )
+    return [s for s in chosen if not s.path.is_file() or source_hash(s) not in used]
+
+
+def evaluate(
+    detector: Detector,
+    data: Dataset,
+    *,
+    eval_size: int | None = EVAL_SIZE,
+    progress: Callable[[int], None] | None = None,
+) -> Evaluation:
+    """Judge the test images and measure.
+
+    Parameters
+    ----------
+    eval_size
+        Side in pixels at which maps and masks are compared, 256 as in the papers; None compares
+        at each image's original size.
+    progress
+        Called with 1 after each image.
+
+    Returns
+    -------
+    Evaluation
+        A bad image or mask is left out of the metrics and named in ``errors``.
+    """
+    samples = test_samples(detector, data)
+    found = {name: CategoryEvaluation(name) for name in dict.fromkeys(_names(samples))}
+    errors: list[str] = []
+    began = time.perf_counter()
+    for sample, prediction in zip(samples, detector.predict(samples), strict=True):
+        try:
+            if prediction.error is not None:
+                raise InputError(prediction.error)
+            found[sample.category or ""].add(sample, prediction, eval_size)
+        except InputError as error:
+            errors.append(str(error))
+        if progress:
+            progress(1)
+    seconds = time.perf_counter() - began
+    metrics = _summary(detector, list(found.values()), seconds, len(samples), eval_size)
+    return Evaluation(found, metrics, errors)
+
+
+def _names(samples: Sequence[Sample]) -> list[str]:
+    return [sample.category or "" for sample in samples]
+
+
+def _summary(
+    detector: Detector,
+    categories: Sequence[CategoryEvaluation],
+    seconds: float,
+    images: int,
+    eval_size: int | None,
+) -> dict[str, Any]:
+    """Return the content of ``metrics.json``."""
+    rows: dict[str, dict[str, Any]] = {}
+    for category in categories:
+        labels = [sample.label for sample in category.samples]
+        pixel = category.pixel
+        values: dict[str, float | None] = dict.fromkeys(METRICS)
+        values |= category.image.metrics() | (pixel.metrics() if pixel else {})
+        rows[category.name] = {
+            "n_normal": labels.count(0),
+            "n_anomalous": labels.count(1),
+            **values,
+        }
+        if pixel and not pixel.exact:
+            rows[category.name]["pixel_error_bound"] = vars(pixel.error_bound)
+    backbone = detector.engine.backbone
+    return {
+        "method": detector.spec.name,
+        "options": detector.method.options.model_dump(),
+        "backbone": backbone.spec.id,
+        "layers": list(backbone.layers),
+        "weights_sha256": backbone.weights_sha256,
+        "image_size": detector.engine.preprocess.image_size,
+        "eval_size": eval_size or "original",
+        "setting": detector.setting,
+        "shots": detector.shots,
+        "seed": detector.seed,
+        "categories": rows,
+        "mean": mean_metrics(list(rows.values())),
+        "seconds": {**detector.seconds, "predict": seconds},
+        "images_per_second": images / seconds,
+        "peak_rss_mb": peak_rss_mb(),
+        "environment": environment(),
+    }
+
+
+def mean_metrics(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+    """Return each metric's mean over the categories that have it, None where none has."""
+    mean: dict[str, float | None] = {}
+    for key in METRICS:
+        values = [row[key] for row in rows if row[key] is not None]
+        mean[key] = float(np.mean(values)) if values else None
+    return mean
+
+
+def peak_rss_mb() -> float | None:
+    """Return this process's peak resident memory in MB; None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak / 1e3
+
+
+def environment() -> dict[str, Any]:
+    """Return what a measured figure depends on beside the data."""
+    import torch
+
+    return {
+        "date": now(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "processors": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        **package_versions(),
+    }
+
+
+def write_metrics(evaluation: Evaluation, folder: Path) -> Path:
+    """Write ``metrics.json`` into a folder, made if needed, and return its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "metrics.json"
+    replace_file(path, json.dumps(evaluation.metrics, indent=2).encode())
+    return path

@@ -1,0 +1,25 @@
+"""The registry: one line a method. Names are written by hand, and no method is imported here."""
+
+from __future__ import annotations
+
+from anomalyst.methods.base import MethodSpec
+
+REGISTRY: dict[str, MethodSpec] = {
+    spec.name: spec
+    for spec in (
+        MethodSpec(
+            "patchcore",
+            "anomalyst.methods.patchcore:PatchCore",
+            "memory bank of locally aware patches, thinned to a coreset (Roth et al., CVPR 2022)",
+            few_shot=True,
+            needs_category=True,
+        ),
+        MethodSpec(
+            "anomaly-dino",
+            "anomalyst.methods.anomaly_dino:AnomalyDINO",
+            "nearest normal patch among a few references (Damm et al., WACV 2025)",
+            few_shot=True,
+            needs_category=True,
+        ),
+    )
+}

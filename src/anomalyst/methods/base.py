@@ -1,0 +1,181 @@
+"""The contract of a method, and how one is found by name.
+
+A method sees feature maps (``[B, C, h, w]``, one per tapped layer of a frozen backbone) and answers
+with raw score maps. Reading images, thresholds, files and reports are not its business.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from anomalyst.errors import InputError, unknown
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from anomalyst.features.backbones import BackboneSpec
+
+
+@dataclass(frozen=True)
+class MethodSpec:
+    """One registry line: where the method lives and what it can do.
+
+    ``trains_on`` is None for a method without gradient steps, else what those steps see.
+    """
+
+    name: str
+    home: str
+    summary: str
+    zero_shot: bool = False
+    few_shot: bool = False
+    multi_class: bool = False
+    abnormal_references: bool = False
+    needs_category: bool = False
+    needs_class_name: bool = False
+    trains_on: str | None = None
+
+    def load(self) -> type[Method]:
+        """Import the method's module and return its class."""
+        module, _, name = self.home.partition(":")
+        found: type[Method] = getattr(import_module(module), name)
+        return found
+
+
+class MethodOptions(BaseModel):
+    """Base of a method's options: frozen, unknown keys rejected."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Method(ABC):
+    """One anomaly-detection method over frozen features.
+
+    Parameters
+    ----------
+    options
+        An instance of the class's own ``Options``.
+    backbone
+        What is known of the feature extractor (stride, width, whether it is a transformer).
+    layers
+        The tapped layers, in the order in which their feature maps arrive.
+    seed
+        Fixes every random choice.
+    """
+
+    name: ClassVar[str]
+    Options: ClassVar[type[MethodOptions]]
+    sigma: ClassVar[float] = 4.0
+    """Gaussian smoothing of the upsampled map, in pixels of the network's input; 0 is none."""
+
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Named settings of a `Detector` (``image_size``, ``backbone``, ``options``, ...)."""
+
+    def __init__(
+        self, options: MethodOptions, backbone: BackboneSpec, layers: Sequence[int], seed: int
+    ) -> None:
+        self.options = options
+        self.backbone = backbone
+        self.layers = tuple(layers)
+        self.seed = seed
+
+    @classmethod
+    def default_layers(cls, backbone: BackboneSpec) -> tuple[int, ...]:
+        """Return the layers to tap when the user names none."""
+        return tuple(backbone.default_taps)
+
+    @property
+    @abstractmethod
+    def categories(self) -> tuple[str, ...]:
+        """The enrolled categories, in order of enrolment."""
+
+    def reference_views(self, images: Tensor) -> Iterable[Tensor]:
+        """Yield the views ``[B, 3, H, W]`` of preprocessed reference images that are enrolled."""
+        yield images
+
+    @property
+    def view_description(self) -> str:
+        """How `reference_views` makes its views, in words that name every setting (cache key)."""
+        return "plain"
+
+    @abstractmethod
+    def enroll(self, category: str, views: Sequence[Sequence[Tensor]]) -> None:
+        """Add normal references of one category to those that it has.
+
+        ``views`` holds, for each batch of reference views, the feature maps ``[B, C, h, w]`` of
+        every tapped layer.
+        """
+
+    @abstractmethod
+    def score(self, features: Sequence[Tensor], category: str) -> tuple[Tensor, Tensor]:
+        """Return raw score maps ``[B, h, w]`` and image scores ``[B]``, higher is more anomalous.
+
+        ``category`` is an enrolled one. No image's result depends on the rest of its batch.
+        """
+
+    @abstractmethod
+    def heat_unit(self, category: str) -> float:
+        """Return a map value that deserves a strong colour where nothing is calibrated."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """Return everything learned, by name, for the bundle."""
+
+    @abstractmethod
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Restore what `tensors` returned."""
+
+
+def find_method(name: str) -> MethodSpec:
+    """Return the registry line of a method.
+
+    Raises
+    ------
+    InputError
+        The name is not registered; the nearest that is gets named.
+    """
+    from anomalyst.methods import REGISTRY
+
+    if name not in REGISTRY:
+        raise unknown("method", name, REGISTRY)
+    return REGISTRY[name]
+
+
+def methods() -> list[dict[str, object]]:
+    """Return every registered method with its capabilities, without importing any.
+
+    >>> [line["name"] for line in methods()][:2]
+    ['patchcore', 'anomaly-dino']
+    """
+    from anomalyst.methods import REGISTRY
+
+    return [
+        {key: value for key, value in asdict(spec).items() if key != "home"}
+        for spec in REGISTRY.values()
+    ]
+
+
+def make_options(method: type[Method], given: Mapping[str, Any]) -> MethodOptions:
+    """Return the method's options with ``given`` ones set; strings are read as the option's type.
+
+    Raises
+    ------
+    InputError
+        An option is unknown (the nearest is named) or out of range.
+    """
+    for key in given:
+        if key not in method.Options.model_fields:
+            raise unknown(f"option of {method.name}", key, method.Options.model_fields)
+    try:
+        return method.Options.model_validate(dict(given))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise InputError(
+            f"option {key}={first['input']!r} of {method.name}: {first['msg']}"
+        ) from None

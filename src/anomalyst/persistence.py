@@ -1,0 +1,106 @@
+"""A detector to a bundle and back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from anomalyst.bundle import (
+    BackboneRecord,
+    CategoryRecord,
+    Manifest,
+    now,
+    package_versions,
+    read_bundle,
+    write_bundle,
+)
+from anomalyst.data.transforms import Preprocess
+from anomalyst.detector import Detector
+from anomalyst.engine import Engine, pick_device
+from anomalyst.errors import InputError
+from anomalyst.features.cache import FeatureCache
+from anomalyst.features.extractor import Backbone
+from anomalyst.methods.base import make_options
+from anomalyst.scoring import Calibration, Decision
+
+
+def save_detector(detector: Detector, path: Path) -> None:
+    """Write the whole detector, backbone weights included, as a folder or a ``.zip``."""
+    parts = {
+        "backbone": detector.engine.backbone.state(),
+        "method": detector.method.tensors(),
+        "retrieval": detector.index.tensors(),
+    }
+    arrays = {
+        part: {key: value.detach().cpu().numpy() for key, value in tensors.items()}
+        for part, tensors in parts.items()
+    }
+    write_bundle(path, _describe(detector), arrays)
+
+
+def _describe(detector: Detector) -> Manifest:
+    backbone = detector.engine.backbone
+    categories = {}
+    for name, references in detector.references.items():
+        calibration = detector.calibration.get(name, Calibration((), ()))
+        categories[name] = CategoryRecord(
+            references=references,
+            calibration_scores=list(calibration.scores),
+            calibration_maxima=list(calibration.maxima),
+        )
+    return Manifest(
+        method=detector.spec.name,
+        options=detector.method.options.model_dump(),
+        seed=detector.seed,
+        backbone=BackboneRecord(
+            id=backbone.spec.id, layers=backbone.layers, weights_sha256=backbone.weights_sha256
+        ),
+        preprocess=detector.engine.preprocess.to_dict(),
+        alpha=detector.decision.alpha,
+        alpha_review=detector.decision.alpha_review,
+        categories=categories,
+        setting=detector.setting,
+        shots=detector.shots,
+        data_fingerprint=detector.fingerprint,
+        seconds=detector.seconds,
+        versions=package_versions(),
+        created=now(),
+    )
+
+
+def load_detector(
+    path: Path, device: str, decision: Decision | None, cache: FeatureCache | None
+) -> Detector:
+    """Read a bundle; nothing else is read, the network least of all."""
+    manifest, arrays = read_bundle(path)
+    target = pick_device(device)
+    parts = {
+        part: {key: torch.from_numpy(value).to(target) for key, value in named.items()}
+        for part, named in arrays.items()
+    }
+    record = manifest.backbone
+    backbone = Backbone.from_state(record.id, record.layers, parts["backbone"]).to(target)
+    if backbone.weights_sha256 != record.weights_sha256:
+        raise InputError(
+            f"{path}: the backbone's weights are not those that the bundle was made on"
+        )
+    detector = Detector(
+        manifest.method,
+        backbone=record.id,
+        layers=record.layers,
+        options=manifest.options,
+        decision=decision or Decision(manifest.alpha, manifest.alpha_review),
+        seed=manifest.seed,
+        device=device,
+        offline=True,
+        feature_cache=cache,
+    )
+    kind = detector.spec.load()
+    method = kind(
+        make_options(kind, manifest.options), backbone.spec, backbone.layers, manifest.seed
+    )
+    method.load_tensors(parts["method"])
+    engine = Engine(backbone, Preprocess.from_dict(manifest.preprocess), target, cache)
+    detector.restore(engine, method, parts["retrieval"], manifest)
+    return detector

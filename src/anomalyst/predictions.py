@@ -1,0 +1,128 @@
+"""Predictions to files: ``predictions.jsonl``, score maps and overlays, in input order."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from anomalyst.bundle import replace_file
+from anomalyst.errors import InputError
+from anomalyst.types import Prediction
+
+if TYPE_CHECKING:
+    from anomalyst.detector import Detector
+    from anomalyst.inference import ImageSource
+
+FILE = "predictions.jsonl"
+
+
+def to_record(
+    prediction: Prediction, map_file: str | None = None, overlay: str | None = None
+) -> dict[str, object]:
+    """Return one line of ``predictions.jsonl``: the contract's keys, in its order."""
+    return {
+        "image": prediction.image,
+        "category": prediction.category,
+        "score": prediction.score,
+        "p_value": prediction.p_value,
+        "verdict": prediction.verdict,
+        "threshold": prediction.threshold,
+        "calibrated": prediction.calibrated,
+        "regions": [
+            {"bbox": list(r.bbox), "area": r.area, "score": r.score} for r in prediction.regions
+        ],
+        "map": map_file,
+        "overlay": overlay,
+        "error": prediction.error,
+    }
+
+
+@dataclass(frozen=True)
+class OutputChoice:
+    """What `write_predictions` writes beside the lines."""
+
+    maps: bool = False
+    overlays: bool = False
+
+
+def write_predictions(
+    detector: Detector,
+    images: Iterable[ImageSource],
+    folder: Path,
+    *,
+    category: str | None = None,
+    choice: OutputChoice | None = None,
+) -> Iterator[Prediction]:
+    """Predict, write every result as it comes, and pass each prediction on.
+
+    Lines go to ``predictions.jsonl.partial``, which takes its final name when all are done; what a
+    stopped run has finished stays readable there. An earlier result is replaced only then.
+
+    Raises
+    ------
+    InputError
+        The folder cannot be written.
+    """
+    wanted = choice or OutputChoice()
+    found = detector.predict(images, category=category, keep_pixels=wanted.overlays)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder / f"{FILE}.partial"
+        with partial.open("w", encoding="utf-8") as lines:
+            for number, prediction in enumerate(found):
+                record = _write_one(detector, prediction, folder, number, wanted)
+                lines.write(json.dumps(record, ensure_ascii=False) + "\n")
+                lines.flush()
+                yield prediction
+        partial.replace(folder / FILE)
+    except OSError as error:
+        raise InputError(
+            f"{folder}: cannot write results ({error.strerror or error}); "
+            "choose a folder with room that you may write to"
+        ) from error
+
+
+def _write_one(
+    detector: Detector, prediction: Prediction, folder: Path, number: int, wanted: OutputChoice
+) -> dict[str, object]:
+    if prediction.error is not None or not (wanted.maps or wanted.overlays):
+        return to_record(prediction)
+    name = f"{number:06d}-{Path(prediction.image).stem}"
+    map_file = f"maps/{name}.npy" if wanted.maps else None
+    overlay = f"overlays/{name}.png" if wanted.overlays else None
+    if map_file is not None:
+        blob = io.BytesIO()
+        np.save(blob, prediction.map)
+        _place(folder / map_file, blob.getvalue())
+    if overlay is not None:
+        _place(folder / overlay, overlay_png(detector, prediction))
+    return to_record(prediction, map_file, overlay)
+
+
+def _place(path: Path, content: bytes) -> None:
+    path.parent.mkdir(exist_ok=True)
+    replace_file(path, content)
+
+
+def overlay_png(detector: Detector, prediction: Prediction) -> bytes:
+    """Return the heat map over the image, in the detector's fixed units, as PNG.
+
+    The prediction must come from ``predict(..., keep_pixels=True)``.
+    """
+    from PIL import Image
+
+    from anomalyst.overlay import heat_overlay
+
+    if prediction.pixels is None or prediction.map is None or prediction.category is None:
+        raise ValueError("the prediction holds no pixels: predict with keep_pixels=True")
+    unit = detector.heat_unit(prediction.category)
+    picture = heat_overlay(prediction.pixels, prediction.map, unit, prediction.regions)
+    blob = io.BytesIO()
+    Image.fromarray(picture).save(blob, "PNG")
+    return blob.getvalue()

@@ -1,0 +1,187 @@
+"""From a method's score map to pixels, regions and a decision. numpy only: the runtime shares it.
+
+Three separate things, so that changing one never touches another: the raw score (`render`,
+`find_regions`), what normal scores look like (`Calibration`) and the levels asked for (`Decision`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from math import ceil, floor
+
+import numpy as np
+
+from anomalyst.components import label_regions
+from anomalyst.errors import InputError
+from anomalyst.types import FloatArray, Region, ScoreMap, Verdict
+
+# A product such as 100 * 0.01 may fall a hair short of the integer that it stands for.
+_ROUNDING = 1e-9
+
+
+@lru_cache(maxsize=64)
+def _upsampler(cells: int, pixels: int, start: float, extent: float, sigma: float) -> FloatArray:
+    """Return the matrix ``[pixels, cells]`` that upsamples bilinearly and then smooths one axis.
+
+    The grid's ``cells`` cover the pixels from ``start`` to ``start + extent``. Both steps are
+    linear, so one small matrix an axis does both at once and exactly: half-pixel centres with
+    clamped edges (torch's ``align_corners=False``), then a Gaussian of ``sigma`` pixels, cut at
+    4 sigma, with mirrored borders (scipy's ``reflect``).
+    """
+    position = (np.arange(pixels) + 0.5 - start) * (cells / extent) - 0.5
+    position = position.clip(0, cells - 1)
+    below = np.minimum(position.astype(np.int64), max(cells - 2, 0))
+    above = np.minimum(below + 1, cells - 1)
+    part = position - below
+    matrix = np.zeros((pixels, cells))
+    np.add.at(matrix, (np.arange(pixels), below), 1 - part)
+    np.add.at(matrix, (np.arange(pixels), above), part)
+    radius = int(4 * sigma + 0.5)
+    if radius:
+        weights = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
+        weights /= weights.sum()
+        padded = np.pad(matrix, ((radius, radius), (0, 0)), mode="symmetric")
+        matrix = sum(w * padded[k : k + pixels] for k, w in enumerate(weights))
+    return np.ascontiguousarray(matrix, dtype=np.float32)
+
+
+def render(score_map: ScoreMap, height: int, width: int) -> FloatArray:
+    """Return the smoothed map over the whole image at ``[height, width]``, in raw units.
+
+    Pixels outside the part of the image that the method saw get the map's lowest value.
+    """
+    grid_h, grid_w = score_map.values.shape
+    scale_y, scale_x = height / score_map.size[0], width / score_map.size[1]
+    top, left = score_map.box[0] * scale_y, score_map.box[1] * scale_x
+    box_h, box_w = score_map.box[2] * scale_y, score_map.box[3] * scale_x
+    rows = _upsampler(grid_h, height, top, box_h, score_map.sigma * box_h / grid_h)
+    columns = _upsampler(grid_w, width, left, box_w, score_map.sigma * box_w / grid_w)
+    full: FloatArray = rows @ score_map.values @ columns.T  # (H, h) (h, w) (w, W) -> (H, W)
+    if score_map.box != (0.0, 0.0, float(score_map.size[0]), float(score_map.size[1])):
+        lowest = full.min()
+        full[: round(top)] = lowest
+        full[round(top + box_h) :] = lowest
+        full[:, : round(left)] = lowest
+        full[:, round(left + box_w) :] = lowest
+    return full
+
+
+def find_regions(full_map: FloatArray, threshold: float) -> tuple[Region, ...]:
+    """Return the 8-connected areas where the map exceeds ``threshold``, largest score first."""
+    labels, count = label_regions(full_map > threshold)
+    if count == 0:
+        return ()
+    rows, columns = np.nonzero(labels)
+    owner = labels[rows, columns] - 1
+    order = np.argsort(owner, kind="stable")
+    starts = np.searchsorted(owner[order], np.arange(count))
+    rows, columns = rows[order], columns[order]
+    top = np.minimum.reduceat(rows, starts)
+    left = np.minimum.reduceat(columns, starts)
+    bottom = np.maximum.reduceat(rows, starts)
+    right = np.maximum.reduceat(columns, starts)
+    peak = np.maximum.reduceat(full_map[rows, columns], starts)
+    area = np.diff(np.append(starts, len(rows)))
+    found = [
+        Region(
+            bbox=(
+                int(left[i]),
+                int(top[i]),
+                int(right[i] - left[i]) + 1,
+                int(bottom[i] - top[i]) + 1,
+            ),
+            area=int(area[i]),
+            score=float(peak[i]),
+        )
+        for i in range(count)
+    ]
+    return tuple(sorted(found, key=lambda region: -region.score))
+
+
+def normals_needed(alpha: float) -> int:
+    """Return how many held-out normal images a false-reject rate of ``alpha`` needs at least."""
+    return ceil(1 / alpha - _ROUNDING) - 1
+
+
+def check_level(alpha: float) -> float:
+    """Return ``alpha`` if it is a rate between 0 and 1, both excluded."""
+    if not 0 < alpha < 1:
+        raise InputError(f"alpha {alpha} is not a rate: give one between 0 and 1, such as 0.01")
+    return alpha
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The two false-reject rates that make three verdicts."""
+
+    alpha: float = 0.01
+    alpha_review: float = 0.05
+
+    def __post_init__(self) -> None:
+        check_level(self.alpha)
+        check_level(self.alpha_review)
+
+    def verdict(self, p_value: float) -> Verdict:
+        """Return ``ng`` at or under ``alpha``, ``review`` at or under ``alpha_review``."""
+        if p_value <= self.alpha + _ROUNDING:
+            return "ng"
+        return "review" if p_value <= self.alpha_review + _ROUNDING else "ok"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Split conformal calibration of one category, from normal images that the detector never saw.
+
+    If those and a new normal image are exchangeable, ``p_value(s) <= alpha`` happens for at most a
+    share ``alpha`` of new normal images (Vovk et al. 2005; Lei et al. 2018), whatever the method.
+
+    Attributes
+    ----------
+    scores
+        Image scores of the held-out normal images, ascending.
+    maxima
+        Maximum of each such image's smoothed map at its original size, ascending.
+    """
+
+    scores: tuple[float, ...]
+    maxima: tuple[float, ...]
+
+    @classmethod
+    def of(cls, scores: Iterable[float], maxima: Iterable[float]) -> Calibration:
+        """Return the calibration of these scores, in any order."""
+        return cls(tuple(sorted(scores)), tuple(sorted(maxima)))
+
+    @property
+    def count(self) -> int:
+        """The number of held-out normal images."""
+        return len(self.scores)
+
+    def p_value(self, score: float) -> float:
+        """Return ``(1 + #{s_i >= score}) / (n + 1)``."""
+        not_below = self.count - int(np.searchsorted(self.scores, score, side="left"))
+        return (1 + not_below) / (self.count + 1)
+
+    def supports(self, alpha: float) -> bool:
+        """Tell whether so many held-out images can promise a false-reject rate of ``alpha``."""
+        return self.count >= normals_needed(alpha)
+
+    def threshold(self, alpha: float) -> float | None:
+        """Return the score above which ``p_value <= alpha``; None where ``supports`` is False."""
+        return _conformal_quantile(self.scores, alpha)
+
+    def pixel_threshold(self, decision: Decision) -> float | None:
+        """Return the map value above which a pixel belongs to a region.
+
+        At most a share ``decision.alpha`` of good images shows any region; where the held-out
+        images cannot support that rate, a share ``alpha_review``; where not that either, None.
+        """
+        strict = _conformal_quantile(self.maxima, decision.alpha)
+        return _conformal_quantile(self.maxima, decision.alpha_review) if strict is None else strict
+
+
+def _conformal_quantile(ascending: tuple[float, ...], alpha: float) -> float | None:
+    """Return the ceil((n + 1)(1 - alpha))-th smallest value, None where that is past the last."""
+    above = floor((len(ascending) + 1) * alpha + _ROUNDING)  # how many may lie above, the new too
+    return None if above < 1 else ascending[len(ascending) - above]

@@ -1,0 +1,76 @@
+"""Words of the command line to settings of a detector."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from anomalyst.errors import InputError, unknown
+from anomalyst.methods.base import find_method
+from anomalyst.scoring import Decision
+
+# Settings of the detector that `--set` reaches beside the method's own options.
+_DETECTOR_KEYS = ("resize", "layers")
+
+
+def detector_settings(
+    method: str,
+    preset: str | None,
+    pairs: Sequence[str],
+    *,
+    backbone: str = "auto",
+    image_size: int | None = None,
+) -> dict[str, Any]:
+    """Return keyword arguments for `Detector`: a preset, overridden by what is given explicitly.
+
+    Raises
+    ------
+    InputError
+        Unknown preset, or a ``KEY=VALUE`` pair that is none.
+    """
+    chosen: dict[str, Any] = {"options": {}}
+    if preset is not None:
+        presets = find_method(method).load().presets
+        if preset not in presets:
+            raise unknown(f"preset of {method}", preset, presets)
+        chosen |= {**presets[preset], "options": dict(presets[preset].get("options", {}))}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise InputError(f"--set {pair!r}: write it as KEY=VALUE")
+        if key in _DETECTOR_KEYS:
+            chosen[key] = _numbers(key, value) if key == "layers" else _numbers(key, value)[0]
+        else:
+            chosen["options"][key] = value
+    if backbone != "auto" or "backbone" not in chosen:
+        chosen["backbone"] = backbone
+    if image_size is not None:
+        chosen["image_size"] = image_size
+    return chosen
+
+
+def _numbers(key: str, value: str) -> list[int]:
+    try:
+        return [int(part) for part in value.split(",")]
+    except ValueError:
+        raise InputError(f"--set {key}={value}: give whole numbers, such as {key}=8") from None
+
+
+def given_decision(
+    alpha: float | None, alpha_review: float | None, base: Decision | None = None
+) -> Decision:
+    """Return the two levels, each as given or else as in ``base``."""
+    start = base or Decision()
+    strict = start.alpha if alpha is None else alpha
+    loose = start.alpha_review if alpha_review is None else alpha_review
+    # Whoever asks for a large alpha alone must not be left with a review level under it.
+    return Decision(strict, loose if alpha_review is not None else max(loose, strict))
+
+
+def parse_eval_size(text: str) -> int | None:
+    """Return the evaluation size, None for ``original``."""
+    if text == "original":
+        return None
+    if not text.isdigit() or int(text) < 1:
+        raise InputError(f"--eval-size {text!r}: give a number of pixels or `original`")
+    return int(text)
