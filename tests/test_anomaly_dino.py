@@ -8,9 +8,9 @@ from math import pi
 import numpy as np
 import pytest
 import torch
+from anomalyst.features.backbones import find_backbone
 from scipy import ndimage
 
-from anomalyst.features.backbones import find_backbone
 from anomalyst.methods.anomaly_dino import AnomalyDINO, foreground, rotate
 from anomalyst.methods.base import make_options
 
@@ -60,9 +60,7 @@ def test_image_score_is_the_mean_of_the_highest_percent() -> None:
 @pytest.mark.parametrize("shape", [(40, 40), (30, 50)])
 def test_quarter_and_half_turns_move_pixels_exactly(shape: tuple[int, int]) -> None:
     image = random(1, 3, *shape)
-    torch.testing.assert_close(
-        rotate(image, pi), image.flip(2, 3), rtol=0, atol=1e-4
-    )
+    torch.testing.assert_close(rotate(image, pi), image.flip(2, 3), rtol=0, atol=1e-4)
     if shape[0] == shape[1]:
         turned = rotate(image, pi / 2)
         same = [torch.allclose(turned, image.rot90(k, (2, 3)), atol=1e-4) for k in (1, 3)]
@@ -75,7 +73,9 @@ def test_any_turn_agrees_with_scipy_inside_the_canvas() -> None:
     turned = rotate(torch.from_numpy(picture)[None, None].float(), pi / 4)[0, 0].numpy()
     middle = (slice(22, 38), slice(30, 60))
     gaps = [
-        np.abs(ndimage.rotate(picture, angle, reshape=False, order=1)[middle] - turned[middle]).max()
+        np.abs(
+            ndimage.rotate(picture, angle, reshape=False, order=1)[middle] - turned[middle]
+        ).max()
         for angle in (45, -45)
     ]
     assert min(gaps) < 0.02 < max(gaps)

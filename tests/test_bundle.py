@@ -105,7 +105,7 @@ def test_refusals_name_the_place_and_the_mend(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"empty.*bundle\.json"):
         read_bundle(tmp_path / "empty")
     (tmp_path / "text.zip").write_text("no zip")
-    with pytest.raises(InputError, match="text.zip"):
+    with pytest.raises(InputError, match=r"text\.zip"):
         read_bundle(tmp_path / "text.zip")
     write_bundle(tmp_path / "b", manifest(), PARTS)
     next((tmp_path / "b").glob("*.safetensors")).unlink()

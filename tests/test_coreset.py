@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -23,9 +25,7 @@ def plain_greedy(points: np.ndarray, count: int, start: int) -> list[int]:
 
 @pytest.mark.parametrize("block", [1, 7, 64, 4000])
 @pytest.mark.parametrize("kind", ["gaussian", "clustered"])
-def test_same_picks_as_plain_greedy(
-    monkeypatch: pytest.MonkeyPatch, block: int, kind: str
-) -> None:
+def test_same_picks_as_plain_greedy(monkeypatch: pytest.MonkeyPatch, block: int, kind: str) -> None:
     monkeypatch.setattr(coreset, "_BLOCK", block)
     random = np.random.default_rng(0)
     points = random.normal(size=(600, 5))
@@ -42,7 +42,7 @@ def test_radius_never_grows_and_is_within_twice_the_best() -> None:
     radii = [
         float(torch.cdist(points, points[picks[:k]]).min(dim=1).values.max()) for k in range(1, 40)
     ]
-    assert all(a >= b for a, b in zip(radii, radii[1:], strict=False))
+    assert all(a >= b for a, b in pairwise(radii))
     # k + 1 points pairwise at least r apart: no k centres can do better than r / 2
     apart = torch.cdist(points[picks[:11]], points[picks[:11]]) + torch.eye(11) * 1e9
     assert radii[9] <= float(apart.min()) + 1e-9

@@ -203,7 +203,7 @@ def test_regions_touching_at_a_corner_are_one() -> None:
 
 def test_signed_zeros_are_equal() -> None:
     scores = np.array([[-0.0, 0.0, -0.0, 0.0]])
-    mask = np.array([[True, False, False, True]])
+    mask = np.array([[False, True, False, True]])
     assert measure(scores[None], [mask]).auroc == 0.5
     assert measure(scores[None], [mask], max_exact_pixels=0).auroc == 0.5
 
@@ -325,6 +325,16 @@ def test_histogram_bound_is_reached_in_the_extremes() -> None:
             assert errors["ap"] == pytest.approx((0.9, 0.9))
             assert errors["f1max"][0] == pytest.approx(errors["f1max"][1])
             assert errors["aupro"] == pytest.approx((0.85, 0.85))
+
+
+def test_histogram_bound_covers_precision_lost_as_well_as_gained() -> None:
+    # 90 defect pixels below 10 normal ones in one bin: AP is 0.9 there, in truth much lower.
+    scores = (1 + np.arange(100) * 2.0**-22).astype(np.float32).reshape(1, 10, 10)
+    mask = np.ones((10, 10), dtype=bool)
+    mask[9] = False
+    exact, binned = measure(scores, [mask]), measure(scores, [mask], max_exact_pixels=0)
+    error, bound = off_by(binned, exact)["ap"]
+    assert 0.15 < error <= bound < 0.16
 
 
 def test_histogram_is_exact_when_no_bin_holds_two_scores() -> None:

@@ -7,17 +7,15 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 import torch
+from anomalyst.features.backbones import find_backbone
 
 from anomalyst.errors import InputError
-from anomalyst.features.backbones import find_backbone
 from anomalyst.methods.base import make_options
 from anomalyst.methods.patchcore import PatchCore
 
 
 def patchcore(options: Mapping[str, object], seed: int = 0) -> PatchCore:
-    return PatchCore(
-        make_options(PatchCore, options), find_backbone("wide-resnet50"), (2, 3), seed
-    )
+    return PatchCore(make_options(PatchCore, options), find_backbone("wide-resnet50"), (2, 3), seed)
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -15,7 +15,10 @@ def whole(values: np.ndarray, size: tuple[int, int], sigma: float = 0.0) -> Scor
     return ScoreMap(values.astype(np.float32), size, sigma, (0.0, 0.0, *map(float, size)))
 
 
-@pytest.mark.parametrize(("grid", "size"), [((5, 5), (70, 70)), ((4, 7), (61, 90)), ((1, 1), (9, 4))])
+@pytest.mark.parametrize(
+    ("grid", "size"),
+    [((5, 5), (70, 70)), ((4, 7), (61, 90)), ((1, 1), (9, 4))],
+)
 def test_upsampling_equals_torchs_bilinear(grid: tuple[int, int], size: tuple[int, int]) -> None:
     torch = pytest.importorskip("torch")
     values = np.random.default_rng(0).normal(size=grid).astype(np.float32)
@@ -87,7 +90,9 @@ def test_threshold_and_p_value_say_the_same(alpha: float, count: int) -> None:
     scores = np.random.default_rng(count).normal(size=count)
     calibration = Calibration.of(scores.tolist(), scores.tolist())
     threshold = calibration.threshold(alpha)
-    assert (threshold is not None) == calibration.supports(alpha) == (count >= normals_needed(alpha))
+    assert (
+        (threshold is not None) == calibration.supports(alpha) == (count >= normals_needed(alpha))
+    )
     if threshold is not None:
         # the ceil((n + 1)(1 - alpha))-th smallest, in exact arithmetic
         from fractions import Fraction

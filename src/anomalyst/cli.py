@@ -105,7 +105,7 @@ def fit(
     ] = None,
     seed: Annotated[int, typer.Option(help="Fixes every random choice.")] = 0,
     backbone: Annotated[str, typer.Option(help="See `anomalyst backbones`.")] = "auto",
-    weights: Annotated[str | None, typer.Option(help="file:PATH of the backbone's weights.")] = None,
+    weights: Annotated[str | None, typer.Option(help="file:PATH of the backbone weights.")] = None,
     image_size: Annotated[
         int | None, typer.Option(min=1, help="Short side in pixels [default: the backbone's].")
     ] = None,

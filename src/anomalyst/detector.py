@@ -438,7 +438,8 @@ class Detector:
         """Return the map value at which a heat map turns strong: the pixel threshold, if any."""
         calibration = self.calibration.get(category)
         threshold = calibration.pixel_threshold(self.decision) if calibration else None
-        return self.method.heat_unit(category) if threshold is None else threshold
+        # A threshold of 0 (held-out images equal to the references) is no unit to draw in.
+        return threshold if threshold else self.method.heat_unit(category)
 
     def require_level(self, alpha: float) -> None:
         """Raise unless every category is calibrated well enough to promise ``alpha``."""

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +39,14 @@ class CategoryEvaluation:
     pixel_metrics: PixelMetrics = field(default_factory=PixelMetrics)
     masks: int = 0
 
-    @property
+    @cached_property
     def image(self) -> ImageResult:
-        """Image-level metrics."""
+        """Image-level metrics, once every image was added."""
         return self.image_metrics.result()
 
-    @property
+    @cached_property
     def pixel(self) -> PixelResult | None:
-        """Pixel-level metrics."""
+        """Pixel-level metrics, once every image was added."""
         return self.pixel_metrics.result() if self.masks else None
 
     def add(self, sample: Sample, prediction: Prediction, eval_size: int | None) -> None:

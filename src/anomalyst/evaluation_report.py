@@ -123,13 +123,6 @@ def _provenance(
 
 def _notes(evaluation: Evaluation, detector: Detector) -> list[str]:
     notes = [line for line in detector.describe() if line.split(":")[0] in evaluation.categories]
-    for result in evaluation.categories.values():
-        pixel = result.pixel
-        if pixel is not None and not pixel.exact:
-            notes.append(
-                f"{result.name}: so many pixels that their metrics come from a histogram; pixel "
-                f"AUROC is exact within {pixel.error_bound.auroc:.1g}."
-            )
     unread = len(evaluation.errors)
     if unread:
         notes.append(f"{unread} images could not be read and count for nothing.")

@@ -104,8 +104,8 @@ def colour_bar(
     ticks
         (position, text) at 0, 1 and 2 units; positions run from 0 (left) to 1 (right).
     """
-    times = "\N{MULTIPLICATION SIGN}"
-    texts = ("0", f"1{times} = {_check_unit(unit):.3g}", f"\N{GREATER-THAN OR EQUAL TO} 2{times} = {2 * unit:.3g}")
+    times, at_least = "\N{MULTIPLICATION SIGN}", "\N{GREATER-THAN OR EQUAL TO}"
+    texts = ("0", f"1{times} = {_check_unit(unit):.3g}", f"{at_least} 2{times} = {2 * unit:.3g}")
     shades = np.linspace(0, 255, width).round().astype(np.uint8)
     strip = np.broadcast_to(_rgba()[shades], (height, width, 4)).copy()
     return strip, tuple(zip((0.0, 0.5, 1.0), texts, strict=True))

@@ -224,7 +224,8 @@ def write_report(path: Path, report: ReportData) -> None:
         dash=_NOT_DEFINED,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, page.encode())
+    # File names that are no valid Unicode must not cost the whole report.
+    replace_file(path, page.encode("utf-8", errors="replace"))
 
 
 class _Counts(NamedTuple):
@@ -263,8 +264,7 @@ class _View:
     normal: _Counts
     anomalous: _Counts
     defects: tuple[_Defect, ...]
-    histogram: _Figure
-    curves: tuple[_Figure, ...]
+    figures: tuple[_Figure, ...]
     groups: Mapping[str, tuple[ReportImage, ...]]
     levels: Mapping[str, float | None]
     needed: Mapping[str, int]
@@ -292,8 +292,7 @@ def _view(category: CategoryReport, anchor: str) -> _View:
         normal=_Counts.of(normal),
         anomalous=_Counts.of(anomalous),
         defects=_defects(normal, anomalous),
-        histogram=_histogram(normal, anomalous, levels, anchor),
-        curves=_curves(category, anchor),
+        figures=_plots(category, normal, anomalous, levels, anchor) if category.images else (),
         groups={
             group: tuple(category.images[i] for i in indices)
             for group, indices in gallery(category.images)._asdict().items()
@@ -320,12 +319,14 @@ def _defects(
     return tuple(rows)
 
 
-def _histogram(
+def _plots(
+    category: CategoryReport,
     normal: Sequence[ReportImage],
     anomalous: Sequence[ReportImage],
     levels: Mapping[str, float | None],
     anchor: str,
-) -> _Figure:
+) -> tuple[_Figure, ...]:
+    """Return the histogram of scores, then the ROC, PR and PRO plots as far as they are defined."""
     thresholds = [(name, level) for name, level in levels.items() if level is not None]
     svg = score_histogram(
         [image.score for image in normal],
@@ -333,17 +334,12 @@ def _histogram(
         thresholds,
         name=f"{anchor}-scores",
     )
-    drawn = [f"{name} above {level:.4g}" for name, level in thresholds] or ["no thresholds"]
-    return _Figure(svg, f"Image scores of the test images; {', '.join(drawn)}.")
-
-
-def _curves(category: CategoryReport, anchor: str) -> tuple[_Figure, ...]:
-    """Return ROC, PR and PRO plots as far as they are defined."""
+    lines = [f"{name} above {level:.4g}" for name, level in thresholds] or ["no thresholds"]
+    figures = [_Figure(svg, f"Image scores of the test images; {', '.join(lines)}.")]
     image, pixel = category.image_result, category.pixel_result
     curves = {"i_auroc": image.roc, "i_ap": image.pr}
     if pixel is not None:
         curves |= {"p_auroc": pixel.roc, "p_ap": pixel.pr, "aupro": pixel.pro}
-    figures = []
     for kind, x_label, y_label, x_limit, keys in _PLOTS:
         drawn = [
             (f"{label} {_metric(category.metrics[key])}", curves[key])
@@ -354,7 +350,8 @@ def _curves(category: CategoryReport, anchor: str) -> tuple[_Figure, ...]:
             svg = curve_plot(
                 drawn, x_label=x_label, y_label=y_label, x_limit=x_limit, name=f"{anchor}-{kind}"
             )
-            figures.append(_Figure(svg, f"{kind} curve: {', '.join(text for text, _ in drawn)}."))
+            caption = f"{kind} curve: {', '.join(text for text, _ in drawn)}."
+            figures.append(_Figure(svg, caption))
     return tuple(figures)
 
 

@@ -41,8 +41,7 @@ def score_histogram(
     from matplotlib.ticker import MaxNLocator
 
     figure, axes = _figure(5.2, 2.7)
-    values = [*normal, *anomalous, *(score for _, score in thresholds)]
-    edges = np.histogram_bin_edges(np.asarray(values, dtype=np.float64), bins=_BINS)
+    edges = _bin_edges([*normal, *anomalous, *(score for _, score in thresholds)])
     series = (
         ("normal", normal, _NORMAL, "solid"),
         ("anomalous", anomalous, _ANOMALOUS, (0, (4, 1.5))),
@@ -83,6 +82,14 @@ def curve_plot(
     axes.set_ylabel(y_label, fontsize=_TEXT_SIZE, color=_INK)
     _legend(axes, columns=1)
     return _svg(figure, name)
+
+
+def _bin_edges(values: Sequence[float]) -> Curve:
+    """Return equal bins over the values, never too narrow to tell their edges apart."""
+    low, high = min(values), max(values)
+    least = 1e-6 * max(abs(low), abs(high)) or 1.0
+    margin = max(0.0, least - (high - low)) / 2
+    return np.linspace(low - margin, high + margin, _BINS + 1)
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:

