@@ -63,10 +63,8 @@ def save(path: Path, picture: np.ndarray) -> Path:
 def make_parts(tmp_path: Path) -> Callable[..., Path]:
     """Write a small data set in MVTec layout: good striped parts, blotted ones with masks."""
 
-    def write(
-        name: str = "parts", categories: tuple[str, ...] = ("plate",), good: int = 12
-    ) -> Path:
-        root = tmp_path / name
+    def write(categories: tuple[str, ...] = ("plate",), good: int = 12) -> Path:
+        root = tmp_path / "parts"
         for offset, category in enumerate(categories):
             folder = root / category
             base = 1000 * offset

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,6 +42,19 @@ Alpha = Annotated[
 AlphaReview = Annotated[
     float | None,
     typer.Option(help="Share of good parts that may be sent to review or NG [default: 0.05]."),
+]
+Shots = Annotated[int | None, typer.Option(min=1, help="References a category [default: all].")]
+Weights = Annotated[str | None, typer.Option(help="file:PATH of the backbone weights.")]
+ImageSize = Annotated[
+    int | None, typer.Option(min=1, help="Short side in pixels [default: the backbone's].")
+]
+Preset = Annotated[str | None, typer.Option(help="A method's named settings, such as paper.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="A method's option; repeatable."),
+]
+CalibrationShare = Annotated[
+    float, typer.Option(min=0, max=0.9, help="Share of good images held out to calibrate.")
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 CacheFolder = Annotated[
@@ -100,25 +114,14 @@ def fit(
     output: Annotated[Path, typer.Option("-o", "--output", help="Bundle: folder or .zip.")],
     category: Categories = None,
     layout: Layout = None,
-    shots: Annotated[
-        int | None, typer.Option(min=1, help="References a category [default: all].")
-    ] = None,
+    shots: Shots = None,
     seed: Annotated[int, typer.Option(help="Fixes every random choice.")] = 0,
     backbone: Annotated[str, typer.Option(help="See `anomalyst backbones`.")] = "auto",
-    weights: Annotated[str | None, typer.Option(help="file:PATH of the backbone weights.")] = None,
-    image_size: Annotated[
-        int | None, typer.Option(min=1, help="Short side in pixels [default: the backbone's].")
-    ] = None,
-    preset: Annotated[
-        str | None, typer.Option(help="A method's named settings, such as paper.")
-    ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="A method's option; repeatable."),
-    ] = None,
-    calibration: Annotated[
-        float, typer.Option(min=0, max=0.9, help="Share of good images held out to calibrate.")
-    ] = 0.2,
+    weights: Weights = None,
+    image_size: ImageSize = None,
+    preset: Preset = None,
+    settings: Settings = None,
+    calibration: CalibrationShare = 0.2,
     alpha: Alpha = None,
     alpha_review: AlphaReview = None,
     device: Device = "auto",
@@ -130,12 +133,11 @@ def fit(
     from anomalyst.detector import Detector
     from anomalyst.settings import detector_settings, given_decision
 
-    chosen = detector_settings(
-        method, preset, settings or [], backbone=backbone, image_size=image_size
-    )
     detector = Detector(
         method,
-        **chosen,
+        **detector_settings(
+            method, preset, settings or [], backbone=backbone, image_size=image_size
+        ),
         weights=weights,
         seed=seed,
         decision=given_decision(alpha, alpha_review),
@@ -174,7 +176,7 @@ def enroll(
     if masks and len(masks) != len(bad):
         raise InputError(f"{len(bad)} --abnormal but {len(masks)} --mask: give one mask for each")
     images = [path for given in normal for path in list_images(given)]
-    pairs = list(zip(bad, masks or [None] * len(bad), strict=True))
+    pairs = [(path, masks[k] if masks else None) for k, path in enumerate(bad)]
     detector.enroll(category, images, pairs)
     detector.save(bundle)
     _tell_state(detector)
@@ -405,19 +407,23 @@ def main() -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
+def _nearest(error: Any) -> str:
+    """Return the existing option or command that a mistyped one comes closest to."""
+    context, message = getattr(error, "ctx", None), error.format_message()
+    if context is None or not message.startswith("No such") or "Did you mean" in message:
+        return ""
+    known = list(getattr(context.command, "commands", {}))
+    known += [name for option in context.command.params for name in option.opts]
+    near = get_close_matches(message.split()[-1].strip("'."), known, n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
 def _explain(error: Exception) -> int:
     """Print one line on an error and return the exit code."""
-    import click
-
-    if isinstance(error, click.exceptions.NoArgsIsHelpError):
-        print(error.format_message())
+    # typer raises click's errors, or those of a click of its own: what they share is this method.
+    if hasattr(error, "format_message"):
+        say(f"error: {error.format_message()}{_nearest(error)}")
         return 2
-    if isinstance(error, click.ClickException):
-        say(f"error: {error.format_message()}")
-        return 2
-    if isinstance(error, click.exceptions.Abort):
-        say("stopped")
-        return 130
     if isinstance(error, InputError):
         say(f"error: {error}")
         return 2

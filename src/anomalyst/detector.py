@@ -16,10 +16,10 @@ from anomalyst.data.layouts import Dataset, few_shot, hold_out
 from anomalyst.data.transforms import Preprocess
 from anomalyst.errors import InputError, unknown
 from anomalyst.features.backbones import find_backbone
-from anomalyst.inference import ImageSource, Item, by_shape, read_batches, source_hash
+from anomalyst.inference import ImageSource, by_shape, read_batches, source_hash
 from anomalyst.methods.base import Method, find_method, make_options
-from anomalyst.scoring import Calibration, Decision, find_regions, normals_needed
-from anomalyst.types import FloatArray, Prediction, Sample, ScoreMap
+from anomalyst.scoring import Calibration, Decision, normals_needed
+from anomalyst.types import Prediction, Sample
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,6 +45,8 @@ class Detector:
         ``file:PATH`` to take the backbone's weights from a file.
     image_size
         Short side in pixels at which the network sees an image; the backbone's own by default.
+    square
+        Resize both sides alike instead of keeping the proportions, as some papers do.
     resize
         Resize the short side to this first, then crop ``image_size`` squared from the middle, as
         some papers do.
@@ -76,6 +78,7 @@ class Detector:
         backbone: str = "auto",
         weights: str | None = None,
         image_size: int | None = None,
+        square: bool = False,
         resize: int | None = None,
         layers: Sequence[int] | None = None,
         options: Mapping[str, Any] | None = None,
@@ -89,6 +92,7 @@ class Detector:
         self.backbone_id = backbone
         self.weights = weights
         self.image_size = image_size
+        self.square = square
         self.resize = resize
         self.layers = layers
         self.options = dict(options or {})
@@ -182,6 +186,7 @@ class Detector:
                 multiple=spec.stride,
                 mean=spec.mean,
                 std=spec.std,
+                square=self.square,
                 resize=self.resize,
             )
             learner = method(options, spec, layers, self.seed)
@@ -370,69 +375,10 @@ class Detector:
             raise InputError("this detector has no references yet: fit or enroll first")
         if category is not None and category not in self.references:
             raise unknown("category", category, self.references)
+        from anomalyst.judging import judge_all
+
         sources = [images] if isinstance(images, _ONE_IMAGE) else images
-        return self._predict(sources, category, batch_size, keep_pixels)
-
-    def _predict(
-        self,
-        sources: Iterable[ImageSource],
-        category: str | None,
-        batch_size: int,
-        keep_pixels: bool,
-    ) -> Iterator[Prediction]:
-        for batch in read_batches(sources, self.engine.preprocess, batch_size, keep_pixels):
-            done: dict[int, Prediction] = {}
-            for positions in by_shape(batch):
-                items = [batch[p] for p in positions]
-                done.update(zip(positions, self._judge(items, category), strict=True))
-            for position, item in enumerate(batch):
-                yield done.get(position) or Prediction(item.name, item.category, error=item.error)
-
-    def _judge(self, items: Sequence[Item], category: str | None) -> list[Prediction]:
-        """Judge good items of one shape: one backbone pass, one search a category."""
-        features = self.engine.features(items)
-        names = self._name_categories(items, features, category)
-        found: dict[int, Prediction] = {}
-        for name in dict.fromkeys(names):
-            at = [k for k, other in enumerate(names) if other == name]
-            if name not in self.references:
-                error = str(unknown("category", name, self.references))
-                found.update({k: Prediction(items[k].name, name, error=error) for k in at})
-                continue
-            part = features if len(at) == len(items) else [maps[at] for maps in features]
-            maps, scores = self.method.score(part, name)
-            for k, values, score in zip(at, maps.cpu().numpy(), scores.tolist(), strict=True):
-                found[k] = self._decide(items[k], name, values, score)
-        return [found[k] for k in range(len(items))]
-
-    def _name_categories(
-        self, items: Sequence[Item], features: Sequence[Tensor], category: str | None
-    ) -> list[str]:
-        known = [category or item.category for item in items]
-        if all(known):
-            return [name or "" for name in known]
-        retrieved = self.index.lookup(features)
-        return [item.category or name for item, name in zip(items, retrieved, strict=True)]
-
-    def _decide(self, item: Item, category: str, values: FloatArray, score: float) -> Prediction:
-        sigma = self.method.sigma / self.engine.backbone.stride
-        box = self.engine.preprocess.box(*item.size)
-        score_map = ScoreMap(values, item.size, sigma, box)
-        plain = Prediction(item.name, category, score, score_map=score_map, pixels=item.pixels)
-        calibration = self.calibration.get(category)
-        if calibration is None:
-            return plain
-        p_value = calibration.p_value(score)
-        level = calibration.pixel_threshold(self.decision)
-        full_map = score_map.at(*item.size) if level is not None else values
-        return replace(
-            plain,
-            p_value=p_value,
-            verdict=self.decision.verdict(p_value),
-            threshold=calibration.threshold(self.decision.alpha),
-            calibrated=True,
-            regions=() if level is None else find_regions(full_map, level),
-        )
+        return judge_all(self, sources, category, batch_size, keep_pixels)
 
     def heat_unit(self, category: str) -> float:
         """Return the map value at which a heat map turns strong: the pixel threshold, if any."""

@@ -54,7 +54,7 @@ class CategoryEvaluation:
         score_map = prediction.score_map
         if score_map is None or prediction.score is None:
             raise ValueError("only judged images can be added")
-        mask = None if sample.mask is None else read_mask(sample.mask, score_map.size)
+        mask = None if sample.mask is None else read_mask(sample.mask, score_map.size, sample.path)
         self.samples.append(sample)
         self.predictions.append(prediction)
         self.image_metrics.update(prediction.score, int(sample.label == 1))

@@ -96,7 +96,7 @@ def _write_one(
     name = f"{number:06d}-{Path(prediction.image).stem}"
     map_file = f"maps/{name}.npy" if wanted.maps else None
     overlay = f"overlays/{name}.png" if wanted.overlays else None
-    if map_file is not None:
+    if map_file is not None and prediction.map is not None:
         blob = io.BytesIO()
         np.save(blob, prediction.map)
         _place(folder / map_file, blob.getvalue())

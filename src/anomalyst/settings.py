@@ -10,7 +10,7 @@ from anomalyst.methods.base import find_method
 from anomalyst.scoring import Decision
 
 # Settings of the detector that `--set` reaches beside the method's own options.
-_DETECTOR_KEYS = ("resize", "layers")
+_DETECTOR_KEYS = ("layers", "resize", "square")
 
 
 def detector_settings(
@@ -39,7 +39,7 @@ def detector_settings(
         if not equals:
             raise InputError(f"--set {pair!r}: write it as KEY=VALUE")
         if key in _DETECTOR_KEYS:
-            chosen[key] = _numbers(key, value) if key == "layers" else _numbers(key, value)[0]
+            chosen[key] = _detector_value(key, value)
         else:
             chosen["options"][key] = value
     if backbone != "auto" or "backbone" not in chosen:
@@ -49,11 +49,16 @@ def detector_settings(
     return chosen
 
 
-def _numbers(key: str, value: str) -> list[int]:
+def _detector_value(key: str, value: str) -> bool | int | list[int]:
+    if key == "square":
+        if value not in ("true", "false"):
+            raise InputError(f"--set square={value}: give true or false")
+        return value == "true"
     try:
-        return [int(part) for part in value.split(",")]
+        numbers = [int(part) for part in value.split(",")]
     except ValueError:
         raise InputError(f"--set {key}={value}: give whole numbers, such as {key}=8") from None
+    return numbers if key == "layers" else numbers[0]
 
 
 def given_decision(

@@ -126,7 +126,7 @@ class Prediction:
     threshold: float | None = None
     calibrated: bool = False
     regions: tuple[Region, ...] = ()
-    score_map: ScoreMap | None = None
+    score_map: ScoreMap | None = field(default=None, repr=False, compare=False)
     error: str | None = None
     pixels: ByteArray | None = field(default=None, repr=False, compare=False)
 

@@ -50,6 +50,7 @@ _FORMATS: tuple[tuple[bytes, type[ImageFile.ImageFile]], ...] = (
     (b"MM", TiffImageFile),
     (b"RIFF", WebPImageFile),
 )
+# What Pillow's decoders have been seen or are documented to raise on damaged bytes.
 _FAULTS = (
     Image.DecompressionBombError,
     EOFError,
@@ -91,11 +92,7 @@ def read_image(source: str | Path | bytes | npt.NDArray[np.generic] | Image.Imag
     if isinstance(source, np.ndarray):
         return _array_to_rgb(source)
     name = display_name(source)
-    image = _decode(source, name)
-    try:
-        return _to_rgb(image, name)
-    except (OSError, ValueError) as error:
-        raise _undecodable(name, error) from error
+    return _to_rgb(_decode(source, name), name)
 
 
 def read_mask(
@@ -112,13 +109,11 @@ def read_mask(
     """
     name = display_name(path)
     decoded = _decode(path, name)
-    try:
-        if decoded.mode in ("1", "L", "F") or decoded.mode.startswith("I"):
-            mask: BoolArray = np.greater(np.asarray(decoded), 0)
-        else:
-            mask = np.any(_to_rgb(decoded, name), axis=2)
-    except (OSError, ValueError) as error:
-        raise _undecodable(name, error) from error
+    if decoded.mode in ("1", "L", "F") or decoded.mode.startswith("I"):
+        # Not by way of 8 bits, where small values of 16 would round to 0.
+        mask: BoolArray = np.greater(np.asarray(decoded), 0)
+    else:
+        mask = np.any(_to_rgb(decoded, name), axis=2)
     if mask.shape != size:
         of = "" if image is None else f" {display_name(image)}"
         raise InputError(
@@ -294,12 +289,15 @@ def _no_size_warning(image: Image.Image) -> Iterator[None]:
 def _to_rgb(image: Image.Image, name: str) -> ByteArray:
     if image.mode == "F" or image.mode.startswith("I"):
         return _grey_to_rgb(np.asarray(image), name)
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        rgb = Image.new("RGB", rgba.size)
-        rgb.paste(rgba, mask=rgba)
-        return np.asarray(rgb)
-    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+    try:
+        if image.has_transparency_data:
+            rgba = image.convert("RGBA")
+            rgb = Image.new("RGB", rgba.size)
+            rgb.paste(rgba, mask=rgba)
+            return np.asarray(rgb)
+        return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+    except (OSError, ValueError) as error:  # older Pillow cannot convert LAB
+        raise _undecodable(name, error) from error
 
 
 def _grey_to_rgb(grey: npt.NDArray[np.generic], name: str) -> ByteArray:

@@ -56,11 +56,11 @@ def _refresh(bound: Tensor, points: Tensor, squares: Tensor, chosen: Tensor) -> 
     """Lower every squared distance ``[N]`` to that of the nearest newly chosen point."""
     centres = points[chosen]
     # |x - c|^2 = |x|^2 + (|c|^2 - 2 x.c); rows in slices keep the product small.
-    for rows in torch.arange(len(points), device=points.device).split(8192):
-        first, last = int(rows[0]), int(rows[-1]) + 1
-        part = torch.addmm(squares[chosen], points[first:last], centres.T, alpha=-2)
-        distance = part.min(dim=1).values.add_(squares[first:last]).clamp_(min=0)
-        torch.minimum(bound[first:last], distance, out=bound[first:last])
+    for first in range(0, len(points), 8192):
+        rows = slice(first, first + 8192)
+        part = torch.addmm(squares[chosen], points[rows], centres.T, alpha=-2)
+        distance = part.min(dim=1).values.add_(squares[rows]).clamp_(min=0)
+        torch.minimum(bound[rows], distance, out=bound[rows])
     bound[chosen] = 0
 
 

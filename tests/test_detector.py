@@ -1,0 +1,185 @@
+"""The object that users hold: stages, categories, calibration, errors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from anomalyst import Detector, InputError, Sample, load_dataset
+from anomalyst.scoring import Decision
+from conftest import TINY, blot, save, texture
+
+
+@pytest.fixture
+def detector(tiny_weights: str) -> Detector:
+    return Detector("anomaly-dino", backbone=TINY, weights=tiny_weights, image_size=96)
+
+
+def test_fit_holds_out_calibrates_and_decides(
+    detector: Detector, make_parts: Callable[..., Path]
+) -> None:
+    data = load_dataset(make_parts(good=30))
+    detector.fit(data.train, calibration=0.7)
+    assert len(detector.references["plate"]) == 9
+    assert detector.calibration["plate"].count == 21
+    found = {Path(p.image).parts[-2:]: p for p in detector.predict(data.test)}
+    bad = [p for key, p in found.items() if key[0] == "blot"]
+    assert all(p.verdict == "review" and p.p_value == pytest.approx(1 / 22) for p in bad)
+    assert all(p.threshold is None and p.calibrated for p in bad)  # 1 % needs 99
+    for p in bad:
+        x, y, width, height = p.regions[0].bbox
+        assert x < 72 and x + width > 48 and p.regions[0].score <= p.map.max()
+    detector.decision = Decision(0.05, 0.2)
+    bad = [p for p in detector.predict(data.test) if "blot" in p.image]
+    assert all(p.verdict == "ng" and p.score > p.threshold for p in bad)
+
+
+def test_shots_are_drawn_by_seed_and_none_calibrates(
+    detector: Detector, make_parts: Callable[..., Path]
+) -> None:
+    data = load_dataset(make_parts())
+    detector.fit(data.train, shots=2, calibration=0.5)
+    first = [r.sha256 for r in detector.references["plate"]]
+    detector.fit(data.train, shots=2, calibration=0.5)
+    assert first == [r.sha256 for r in detector.references["plate"]]
+    assert detector.setting == "few-shot" and detector.shots == 2
+    detector.seed = 1
+    detector.fit(data.train, shots=2, calibration=0.5)
+    assert first != [r.sha256 for r in detector.references["plate"]]
+
+
+def test_nothing_held_out_nothing_promised(detector: Detector) -> None:
+    detector.enroll("plate", [texture(0)])
+    (found,) = detector.predict(blot(texture(1), 20, 20, 30))
+    assert found.score > 0
+    assert (found.calibrated, found.p_value, found.verdict, found.threshold) == (
+        False,
+        None,
+        None,
+        None,
+    )
+    assert found.regions == ()
+
+
+def test_categories_by_name_by_sample_and_by_retrieval(
+    detector: Detector, make_parts: Callable[..., Path]
+) -> None:
+    data = load_dataset(make_parts(("across", "down")))
+    detector.fit(data.train, calibration=0)
+    assert detector.categories == ("across", "down")
+    paths = [sample.path for sample in data.test]
+    truth = [sample.category for sample in data.test]
+    assert [p.category for p in detector.predict(data.test)] == truth
+    assert [p.category for p in detector.predict(paths)] == truth
+    assert {p.category for p in detector.predict(paths, category="down")} == {"down"}
+    with pytest.raises(InputError, match="did you mean 'across'"):
+        detector.predict(paths, category="acros")
+
+
+def test_every_kind_of_source_gives_the_same_score(detector: Detector, tmp_path: Path) -> None:
+    detector.enroll("plate", [texture(0)])
+    path = save(tmp_path / "a.png", texture(1))
+    sources = [path, str(path), path.read_bytes(), texture(1), Sample(path, "plate")]
+    scores = {found.score for found in detector.predict(sources)}
+    assert len(scores) == 1
+    names = [found.image for found in detector.predict(sources)]
+    assert names == [str(path), str(path), "image-2", "image-3", str(path)]
+
+
+def test_prediction_is_lazy_and_one_bad_image_spoils_nothing(
+    detector: Detector, tmp_path: Path
+) -> None:
+    detector.enroll("plate", [texture(0)])
+    taken = []
+
+    def sources():
+        for k in range(1000):
+            taken.append(k)
+            yield texture(k) if k != 1 else tmp_path / "missing.png"
+
+    stream = detector.predict(sources(), batch_size=2)
+    first, second, third = next(stream), next(stream), next(stream)
+    assert first.error is None and third.error is None
+    assert "missing.png" in second.error and second.score is None
+    stream.close()
+    assert len(taken) < 20
+
+
+def test_enrolling_more_lowers_scores_and_drops_the_calibration(
+    detector: Detector, make_parts: Callable[..., Path]
+) -> None:
+    data = load_dataset(make_parts())
+    detector.fit(data.train, calibration=0.5)
+    odd = blot(texture(77), 30, 30, 30)
+    before = next(detector.predict(odd)).score
+    detector.enroll("plate", [odd])
+    after = next(detector.predict(odd))
+    assert after.score < 0.1 * before
+    assert not after.calibrated
+
+
+def test_calibration_leaves_references_out(
+    detector: Detector, make_parts: Callable[..., Path]
+) -> None:
+    data = load_dataset(make_parts())
+    detector.fit(data.train, shots=4, calibration=0)
+    assert detector.calibrate(data.train) == {"plate": 8}
+    only = [s for s in data.train if s.path.name in {r.name for r in detector.references["plate"]}]
+    with pytest.raises(InputError, match="all 4 images given are references"):
+        detector.calibrate(only)
+    with pytest.raises(InputError, match="normal images only"):
+        detector.calibrate(data.test)
+
+
+def test_a_calibrated_bundle_decides_the_same(
+    detector: Detector, make_parts: Callable[..., Path], tmp_path: Path
+) -> None:
+    data = load_dataset(make_parts(good=40))
+    detector.decision = Decision(0.05, 0.1)
+    detector.fit(data.train, calibration=0.5)
+    before = list(detector.predict(data.test))
+    again = Detector.load(detector.save(tmp_path / "b"))
+    assert again.decision == Decision(0.05, 0.1)
+    assert [p.verdict for p in again.predict(data.test)] == [p.verdict for p in before]
+    assert list(again.predict(data.test)) == before
+    assert again.fingerprint == detector.fingerprint
+
+
+def test_refusals_come_before_any_work(detector: Detector, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="fit or enroll first"):
+        detector.predict(texture(0))
+    with pytest.raises(InputError, match="fit or enroll before"):
+        detector.save(tmp_path / "b")
+    with pytest.raises(InputError, match="at least one normal"):
+        detector.enroll("plate", [])
+    with pytest.raises(InputError, match="did you mean 'anomaly-dino'"):
+        Detector("anomalydino")
+    with pytest.raises(InputError, match="no training images"):
+        detector.fit([])
+    with pytest.raises(InputError, match="normal images only"):
+        detector.fit([Sample(tmp_path / "a.png", "plate", 1)])
+    bad = save(tmp_path / "ok.png", texture(0)), tmp_path / "no.png"
+    with pytest.raises(InputError, match=r"no\.png"):
+        detector.enroll("plate", bad)
+    assert detector.categories == ()
+
+
+def test_an_unsupported_level_is_refused_with_the_number_needed(
+    detector: Detector, make_parts: Callable[..., Path]
+) -> None:
+    detector.fit(load_dataset(make_parts()).train, calibration=0.5)
+    detector.require_level(0.2)
+    with pytest.raises(InputError, match="at least 99 held-out normal images, it has 6"):
+        detector.require_level(0.01)
+
+
+def test_maps_lie_on_the_original_pixels(detector: Detector) -> None:
+    wide = [np.repeat(texture(k, 100, 150), 2, axis=1) for k in range(3)]
+    detector.enroll("plate", wide[:2])
+    (found,) = detector.predict(blot(wide[2], 40, 220, 50))
+    assert found.map.shape == (100, 300)
+    row, column = np.unravel_index(found.map.argmax(), found.map.shape)
+    assert 30 <= row < 100 and 205 <= column < 285
