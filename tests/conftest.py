@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
+# Tiny networks gain nothing from a second thread, and waiting for it costs on a busy machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from collections.abc import Callable
 from pathlib import Path
 

@@ -129,7 +129,12 @@ def _packaged() -> BackboneSpec:
 
 
 def _network(
-    id: str, architecture: str, widths: tuple[int, ...], taps: tuple[int, ...], licence: str
+    id: str,
+    architecture: str,
+    widths: tuple[int, ...],
+    taps: tuple[int, ...],
+    licence: str,
+    paper: str,
 ) -> BackboneSpec:
     return BackboneSpec(
         id=id,
@@ -144,7 +149,7 @@ def _network(
         transformer=False,
         final_norm=False,
         licence=licence,
-        paper="arXiv:1905.11946" if "efficientnet" in id else "arXiv:1605.07146",
+        paper=paper,
         hub_repo=f"timm/{architecture}",
         hub_file="model.safetensors",
     )
@@ -166,6 +171,7 @@ REGISTRY: dict[str, BackboneSpec] = {
             widths=(24, 32, 56, 160, 448),
             taps=(0, 1, 2, 3),
             licence="Apache-2.0",
+            paper="arXiv:1905.11946",
         ),
         _network(
             "wide-resnet50",
@@ -173,6 +179,7 @@ REGISTRY: dict[str, BackboneSpec] = {
             widths=(64, 256, 512, 1024, 2048),
             taps=(2, 3),
             licence="BSD-3-Clause",
+            paper="arXiv:1605.07146",
         ),
         BackboneSpec(
             id="clip-vit-b-16-plus-240",

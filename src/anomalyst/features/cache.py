@@ -9,12 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 import time
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import numpy.typing as npt
@@ -94,10 +94,8 @@ class FeatureCache:
         try:
             found = _read(path)
             os.utime(path)
-        except FileNotFoundError:
-            pass
-        except PermissionError:
-            # Somebody else's entry: good if it could be read, but not ours to mark or remove.
+        except (FileNotFoundError, PermissionError):
+            # Not there, just evicted, or somebody else's: what could be read is good all the same.
             pass
         except (ValueError, KeyError, TypeError):
             path.unlink(missing_ok=True)
@@ -131,9 +129,7 @@ class FeatureCache:
 
     def _write(self, path: Path, arrays: Sequence[FeatureArray]) -> None:
         path.parent.mkdir(exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, suffix=".partial")
-        os.close(handle)
-        partial = Path(name)
+        partial = path.with_name(f".{uuid4().hex}.partial")
         try:
             named = {str(tap): array for tap, array in enumerate(arrays)}
             save_file(named, partial, {"crc32": _checksum(arrays)})

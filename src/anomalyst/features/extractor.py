@@ -39,7 +39,7 @@ class Backbone(nn.Module):
         self.spec = spec
         self.layers = spec.check_layers(layers)
         self.tower = make_tower(spec, self.layers)
-        self.tower.adopt(self.tower.choose(tensors, origin))
+        self.tower.adopt(self.tower.choose(tensors, f"{origin}: not weights of {spec.id}"))
         self._multiple = max(spec.strides[layer] for layer in self.layers)
         self.requires_grad_(False)
         self.eval()

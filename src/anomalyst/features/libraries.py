@@ -47,10 +47,14 @@ def _make_open_clip(name: str) -> Any:
 
     config = open_clip.get_model_config(name)
     quick = config.get("quick_gelu", False)
-    # The text tower goes to waste; empty settings keep it plain and, on the meta device, free.
-    return _without_random_numbers(
-        lambda: open_clip.CLIP(config["embed_dim"], config["vision_cfg"], {}, quick_gelu=quick)
-    ).visual
+
+    def make() -> Any:
+        # The text tower goes to waste: empty settings keep it plain and, on the meta device, free.
+        return open_clip.CLIP(
+            config["embed_dim"], config["vision_cfg"], {}, quick_gelu=quick
+        ).visual
+
+    return _without_random_numbers(make)
 
 
 def _without_random_numbers(make: Callable[[], Any]) -> Any:
@@ -152,7 +156,7 @@ def describe_open_clip(id: str) -> BackboneSpec:
 
 def _unknown(library: str, name: str, names: Sequence[str]) -> InputError:
     near = get_close_matches(name, names, n=3, cutoff=0.5)
-    hint = f"did you mean {', '.join(near)}?" if near else ""
+    hint = f" did you mean {', '.join(near)}?" if near else ""
     return InputError(
-        f"unknown {library} model {name!r}: {hint} {library}.list_models() names them all"
+        f"unknown {library} model {name!r}:{hint} {library}.list_models() names them all"
     )

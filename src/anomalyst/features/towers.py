@@ -43,25 +43,23 @@ class Tower(nn.Module, ABC):
             if not name.endswith("num_batches_tracked")
         }
 
-    def choose(self, tensors: Mapping[str, Tensor], origin: str) -> dict[str, Tensor]:
+    def choose(self, tensors: Mapping[str, Tensor], complaint: str) -> dict[str, Tensor]:
         """Return from ``tensors`` those that `state` names, as float32 where they are floats.
 
         Raises
         ------
         InputError
-            One is missing or of another shape; names ``origin``, where they come from.
+            One is missing or of another shape; ``complaint`` opens the message.
         """
         given = self.translate(tensors)
         chosen = {}
         for name, mine in self.state().items():
             if name not in given:
-                raise InputError(f"{origin}: not weights of this backbone, {name!r} is missing")
+                raise InputError(f"{complaint} ({name!r} is missing)")
             found = given[name]
             if found.shape != mine.shape:
-                raise InputError(
-                    f"{origin}: not weights of this backbone, {name!r} is "
-                    f"{list(found.shape)} and should be {list(mine.shape)}"
-                )
+                shapes = f"is {list(found.shape)} and should be {list(mine.shape)}"
+                raise InputError(f"{complaint} ({name!r} {shapes})")
             chosen[name] = (found.float() if found.is_floating_point() else found).contiguous()
         return chosen
 
@@ -82,7 +80,9 @@ class Tower(nn.Module, ABC):
 class TokenTower(Tower):
     """A vision transformer whose position table stretches to any grid.
 
-    The table is resized bicubically without antialiasing, as in DINOv2's own code, once a grid.
+    The table is resized once a grid, bicubically without antialiasing, as the packaged ONNX graph
+    does it. DINOv2's own code (scale off by 0.1 step) and timm's (antialiased) move AUROC and AP
+    on bottle by less than 0.002.
     ``norm`` is applied to the last of all blocks, where that one is tapped.
     """
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import util
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING
+from uuid import uuid4
 
 import numpy as np
 
@@ -127,14 +127,13 @@ def read_weights(
     place = find_local(spec) or Place("hub cache", _download(spec, offline))
     if place.source == "package":
         return _unpack(spec, place.path), str(place.path)
-    if place.source == "store" and spec.packaged and packaged.find_onnx():
-        return _read_or_unpack(spec, place.path), str(place.path)
+    if place.source == "store":
+        return _read_store(spec, place.path), str(place.path)
     return _read_safetensors(place.path), str(place.path)
 
 
 def _read_file(path: Path, spec: BackboneSpec) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise InputError(f"{path}: no such weights file")
+    _require(path)
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     if path.suffix in _CHECKPOINTS:
@@ -146,13 +145,19 @@ def _read_file(path: Path, spec: BackboneSpec) -> dict[str, Tensor]:
     )
 
 
+def _require(path: Path) -> None:
+    if not path.is_file():
+        raise InputError(f"{path}: no such weights file")
+
+
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     """Return the file's tensors, checked against the hash that a file of ours carries."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        tensors: dict[str, Tensor] = load_file(path)
+        # Copied off the mapped file: whoever overwrites it must not change a running detector.
+        tensors: dict[str, Tensor] = {k: v.clone() for k, v in load_file(path).items()}
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: not a whole safetensors file ({error}); copy it again") from None
     expected = _header(path).get("sha256")
@@ -193,11 +198,15 @@ def _unpack(spec: BackboneSpec, path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _read_or_unpack(spec: BackboneSpec, stored: Path) -> dict[str, Tensor]:
-    """Return the store's tensors; where they are damaged, convert the package's anew."""
-    shipped = packaged.find_onnx()
+def _read_store(spec: BackboneSpec, path: Path) -> dict[str, Tensor]:
+    """Return the store's tensors; damaged ones are unpacked anew where a package has them."""
+    shipped = packaged.find_onnx() if spec.packaged else None
     try:
-        return _read_safetensors(stored)
+        if "sha256" not in _header(path):
+            raise InputError(
+                f"{path}: damaged, or not put there by `anomalyst weights add`; remove it"
+            )
+        return _read_safetensors(path)
     except InputError:
         if shipped is None:
             raise
@@ -265,7 +274,8 @@ def pack(id: str, out: str | Path) -> Path:
     if path.suffix != ".safetensors":
         raise InputError(f"{path}: name the packed file .safetensors")
     tensors, origin = read_weights(spec)
-    return _write(path, _whole(spec, tensors, origin), spec, origin)
+    source = spec.hub_repo or Path(origin).name
+    return _write(path, _whole(spec, tensors, origin), spec, source)
 
 
 def add(path: str | Path, id: str | None = None) -> Path:
@@ -277,6 +287,7 @@ def add(path: str | Path, id: str | None = None) -> Path:
         The file is damaged, lacks tensors of the architecture, or its id is not known.
     """
     file = Path(path).expanduser()
+    _require(file)
     said = _header(file).get("id") if file.suffix == ".safetensors" else None
     if id is not None and said not in (None, id):
         raise InputError(f"{file}: packed as {said}, not {id}")
@@ -292,7 +303,7 @@ def _whole(spec: BackboneSpec, tensors: Mapping[str, Tensor], origin: str) -> di
     """Return the tensors that the architecture has up to its last tap, shapes checked."""
     from anomalyst.features.libraries import make_tower
 
-    return make_tower(spec, (spec.taps - 1,)).choose(tensors, origin)
+    return make_tower(spec, (spec.taps - 1,)).choose(tensors, f"{origin}: not weights of {spec.id}")
 
 
 def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
@@ -300,7 +311,7 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
         array = np.ascontiguousarray(tensors[name].detach().cpu().numpy())
-        digest.update(f"{name} {array.dtype.str} {tensors[name].shape}\n".encode())
+        digest.update(f"{name} {array.dtype.str} {list(tensors[name].shape)}\n".encode())
         digest.update(array.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
@@ -330,9 +341,7 @@ def _write(path: Path, tensors: Mapping[str, Tensor], spec: BackboneSpec, source
     }
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-        partial = Path(name)
+        partial = path.with_name(f".{uuid4().hex}.partial")
         try:
             save_file(dict(tensors), partial, said)
             os.replace(partial, path)

@@ -55,7 +55,12 @@ class AnomalyDINO(Method):
     name: ClassVar[str] = "anomaly-dino"
     Options: ClassVar[type[MethodOptions]] = AnomalyDINOOptions
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "paper": {"image_size": 448, "options": {"rotations": 8}}
+        "paper": {
+            "backbone": "dinov2-small",
+            "layers": [11],
+            "image_size": 448,
+            "options": {"rotations": 8},
+        }
     }
     options: AnomalyDINOOptions
 
