@@ -30,7 +30,7 @@ def test_fit_holds_out_calibrates_and_decides(
     assert all(p.verdict == "review" and p.p_value == pytest.approx(1 / 22) for p in bad)
     assert all(p.threshold is None and p.calibrated for p in bad)  # 1 % needs 99
     for p in bad:
-        x, y, width, height = p.regions[0].bbox
+        x, _, width, _ = p.regions[0].bbox
         assert x < 72 and x + width > 48 and p.regions[0].score <= p.map.max()
     detector.decision = Decision(0.05, 0.2)
     bad = [p for p in detector.predict(data.test) if "blot" in p.image]
@@ -183,3 +183,13 @@ def test_maps_lie_on_the_original_pixels(detector: Detector) -> None:
     assert found.map.shape == (100, 300)
     row, column = np.unravel_index(found.map.argmax(), found.map.shape)
     assert 30 <= row < 100 and 205 <= column < 285
+
+
+def test_peak_memory_is_this_processes_own() -> None:
+    import subprocess
+    import sys
+
+    ballast = np.ones(60_000_000)  # 480 MB that a child process must not be charged with
+    code = "from anomalyst.evaluation import peak_rss_mb; print(peak_rss_mb())"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 10 < float(found.stdout) < ballast.nbytes / 1e6

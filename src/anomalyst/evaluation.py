@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -205,12 +204,15 @@ def mean_metrics(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
 
 def peak_rss_mb() -> float | None:
     """Return this process's peak resident memory in MB; None where the system does not tell."""
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux; getrusage there starts from the peak of the parent process
+        lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        return int(lines["VmHWM"].split()[0]) / 1e3
     try:
         import resource
     except ImportError:  # Windows
         return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1e6 if sys.platform == "darwin" else peak / 1e3
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # macOS counts bytes
 
 
 def environment() -> dict[str, Any]:

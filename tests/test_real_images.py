@@ -1,0 +1,72 @@
+"""The main job on real images with the packaged weights: slow tier."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from anomalyst import Detector, evaluate, load_dataset
+from anomalyst.demo import solar_cells
+
+pytestmark = pytest.mark.slow
+
+
+def test_one_bottle_finds_broken_ones(mvtec: Path, packaged: str) -> None:
+    data = load_dataset(mvtec, categories=["bottle"])
+    detector = Detector("anomaly-dino", backbone=packaged, image_size=280)
+    detector.fit(data.train, shots=1, calibration=0)
+    row = evaluate(detector, data).metrics["categories"]["bottle"]
+    assert row["i_auroc"] >= 0.99
+    assert row["p_auroc"] >= 0.975
+    assert row["p_ap"] >= 0.78
+
+
+def test_products_are_told_apart_without_their_names(mvtec: Path, packaged: str) -> None:
+    data = load_dataset(mvtec)
+    detector = Detector("anomaly-dino", backbone=packaged, image_size=140)
+    detector.fit(data.train, shots=2, calibration=0)
+    samples = data.test[::8]
+    found = detector.predict([replace(sample, category=None) for sample in samples])
+    assert [p.category for p in found] == [sample.category for sample in samples]
+
+
+def test_solar_cells_of_the_demo(packaged: str) -> None:
+    pytest.importorskip("elpv_dataset")
+    cells = solar_cells(8)
+    assert len(cells.train) == 2 * 208 and len(cells.test) == 372 + 8 + 704 + 8 + 313 + 402
+    assert not {s.path for s in cells.train} & {s.path for s in cells.test}
+    few = replace(cells, train=cells.train, test=cells.test[::12])
+    detector = Detector("anomaly-dino", backbone=packaged, image_size=224)
+    detector.fit([s for k, s in enumerate(cells.train) if k % 208 < 8], calibration=0)
+    row = evaluate(detector, few).metrics["categories"]
+    assert row["mono"]["i_auroc"] > 0.75 and row["poly"]["i_auroc"] > 0.7
+    assert row["mono"]["p_auroc"] is None and row["mono"]["aupro"] is None
+
+
+def test_a_bundle_moved_to_another_machine_needs_nothing_else(
+    mvtec: Path, packaged: str, tmp_path: Path
+) -> None:
+    """Another process, an empty home, no hub, no network, another folder: the same numbers."""
+    data = load_dataset(mvtec, categories=["transistor"])
+    detector = Detector("patchcore", backbone=packaged, image_size=140)
+    detector.fit(data.train, shots=3, calibration=0)
+    detector.save(tmp_path / "here")
+    images = [sample.path for sample in data.test[:4]]
+    expected = [p.score for p in detector.predict(images)]
+    (tmp_path / "here").rename(tmp_path / "there")
+    script = (
+        "import socket\n"
+        "def refuse(*_): raise SystemExit('a socket was opened')\n"
+        "socket.socket.connect = refuse\n"
+        "from anomalyst.cli import main; main()"
+    )
+    command = [sys.executable, "-c", script, "predict", str(tmp_path / "there"), *map(str, images)]
+    home = {"PATH": "", "HOME": str(tmp_path), "ANOMALYST_HOME": str(tmp_path / "home")}
+    subprocess.run([*command, "-o", str(tmp_path / "out")], check=True, env=home)
+    lines = (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()
+    assert [json.loads(line)["score"] for line in lines] == pytest.approx(expected, rel=1e-5)
