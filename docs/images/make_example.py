@@ -81,7 +81,7 @@ def draw(detector: Detector, shown: Sequence[Prediction], path: Path) -> None:
         words = f"{kind} cell: {(prediction.verdict or '').upper()}"
         numbers = f"score {prediction.score:.3f}, p = {prediction.p_value:.2f}"
         pen.text((left, 2 * SIDE + GAP + 4), f"{words}\n{numbers}", fill="black", font=font)
-    sheet.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+    sheet.save(path, optimize=True)
     print(f"{path}: {path.stat().st_size / 1000:.0f} kB")
 
 

@@ -207,7 +207,7 @@ def peak_rss_mb() -> float | None:
     status = Path("/proc/self/status")
     if status.exists():  # Linux; getrusage there starts from the peak of the parent process
         lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
-        return int(lines["VmHWM"].split()[0]) / 1e3
+        return int(lines["VmHWM"].split()[0]) * 1024 / 1e6  # "kB" there are KiB
     try:
         import resource
     except ImportError:  # Windows

@@ -72,14 +72,14 @@ def read_batches(
 ) -> Iterator[list[Item]]:
     """Yield up to ``size`` items at a time in the order given, read ahead by two threads.
 
-    At most two batches wait, so memory does not grow with the number of images.
+    One batch is read while another is judged, so memory does not grow with the number of images.
     """
 
     def read(numbered: tuple[int, ImageSource]) -> Item:
         number, source = numbered
         return read_item(source, source_name(source, number), preprocess, keep_pixels)
 
-    items = _read_ahead(enumerate(sources), read, ahead=2 * size)
+    items = _read_ahead(enumerate(sources), read, ahead=size)
     while batch := list(islice(items, size)):
         yield batch
 

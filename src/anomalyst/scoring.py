@@ -21,7 +21,7 @@ from anomalyst.types import FloatArray, Region, ScoreMap, Verdict
 _ROUNDING = 1e-9
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=16)
 def _upsampler(cells: int, pixels: int, start: float, extent: float, sigma: float) -> FloatArray:
     """Return the matrix ``[pixels, cells]`` that upsamples bilinearly and then smooths one axis.
 
