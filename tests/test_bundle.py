@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -55,12 +56,48 @@ def test_every_single_flipped_byte_is_found(tmp_path: Path) -> None:
     write_bundle(tmp_path / "b", manifest(), PARTS)
     for path in (tmp_path / "b").iterdir():
         good = path.read_bytes()
-        for at in range(0, len(good), 7):
+        for at in range(len(good)):
             path.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
             with pytest.raises(InputError):
                 read_bundle(tmp_path / "b")
         path.write_bytes(good)
     read_bundle(tmp_path / "b")
+
+
+def test_every_single_flipped_byte_of_a_zip_is_found_or_harmless(tmp_path: Path) -> None:
+    """A zip holds bytes that mean nothing (times, attributes); no flip may change what is read."""
+    path = tmp_path / "b.zip"
+    write_bundle(path, manifest(), PARTS)
+    good = path.read_bytes()
+    for at in range(len(good)):
+        path.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
+        try:
+            found, parts = read_bundle(path)
+        except InputError:
+            continue
+        assert found == read_manifest(tmp_path, good)
+        np.testing.assert_array_equal(parts["method"]["bottle"], PARTS["method"]["bottle"])
+
+
+def read_manifest(folder: Path, content: bytes) -> Manifest:
+    (folder / "good.zip").write_bytes(content)
+    return read_bundle(folder / "good.zip")[0]
+
+
+def test_a_damaged_bundle_is_mended_by_writing_it_again(tmp_path: Path) -> None:
+    write_bundle(tmp_path / "b", manifest(), PARTS)
+    tensors = next((tmp_path / "b").glob("*.safetensors"))
+    tensors.write_bytes(tensors.read_bytes()[:-1] + b"x")
+    write_bundle(tmp_path / "b", manifest(), PARTS)
+    read_bundle(tmp_path / "b")
+
+
+def test_a_zipped_folder_is_a_bundle_too(tmp_path: Path) -> None:
+    import shutil
+
+    write_bundle(tmp_path / "in" / "b", manifest(), PARTS)
+    archive = shutil.make_archive(str(tmp_path / "packed"), "zip", tmp_path / "in")
+    assert read_bundle(Path(archive))[0].method == "patchcore"
 
 
 def test_a_new_state_replaces_the_old_and_leaves_no_litter(tmp_path: Path) -> None:
@@ -118,6 +155,14 @@ def test_other_peoples_files_are_never_overwritten(tmp_path: Path) -> None:
     (tmp_path / "photos" / "a.jpg").write_text("x")
     with pytest.raises(InputError, match="other files"):
         write_bundle(tmp_path / "photos", manifest(), PARTS)
+    write_bundle(tmp_path / "c", manifest(), PARTS)
+    (tmp_path / "c" / "mine.safetensors").write_text("mine")
+    write_bundle(tmp_path / "c", manifest(), {"method": {"screw": np.zeros(2)}})
+    assert (tmp_path / "c" / "mine.safetensors").read_text() == "mine"
+    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
+        archive.writestr("a.jpg", "x")
+    with pytest.raises(InputError, match="something else"):
+        write_bundle(tmp_path / "photos.zip", manifest(), PARTS)
     with pytest.raises(InputError, match="is a file"):
         write_bundle(tmp_path / "photos" / "a.jpg", manifest(), PARTS)
     assert (tmp_path / "photos" / "a.jpg").read_text() == "x"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -246,7 +247,11 @@ def test_enroll_and_calibrate_change_the_bundle(run: Run, fit, parts: Path, tmp_
     for k in range(4):
         save(folder / f"{k}.png", blot(texture(900 + k), 8, 8, 64))
     code, _, err = run("enroll", bundle, "gear", "--normal", folder / "0.png", "--normal", folder)
-    assert code == 0 and "gear: 5 references, not calibrated" in err
+    assert code == 0 and "gear: 4 references, not calibrated" in err
+    code, _, err = run("enroll", bundle, "gear", "--normal", folder)
+    assert code == 2 and "has all 4 references already" in one_line(err)
+    code, _, err = run("enroll", bundle, "__metadata__", "--normal", folder)
+    assert code == 2 and "printable" in one_line(err)
     code, _, err = run("calibrate", bundle, parts)
     assert code == 0 and "across: 2 references, calibrated on 22" in err
     code, _, err = run("calibrate", bundle, parts, "--alpha", "0.01")
@@ -276,3 +281,97 @@ def test_our_faults_exit_1_and_debug_shows_them(run: Run, monkeypatch: pytest.Mo
     monkeypatch.setattr(sys, "argv", ["anomalyst", "methods", "--debug"])
     with pytest.raises(ZeroDivisionError):
         cli.main()
+
+
+def test_predict_prints_json_lines_also_beside_a_bar(fit, parts: Path, tmp_path: Path) -> None:
+    """stderr is a terminal, stdout a pipe: results must still reach the pipe."""
+    pty = pytest.importorskip("pty")
+    bundle = fit("--shots", 2)
+    images = [str(p) for p in sorted((parts / "down" / "test").rglob("*.png"))]
+    command = [sys.executable, "-m", "anomalyst.cli", "predict", str(bundle), *images]
+    command += ["-o", str(tmp_path / "p"), "--json", "--maps"]
+    leader, follower = pty.openpty()
+    found = subprocess.run(command, stdout=subprocess.PIPE, stderr=follower, text=True, check=True)
+    os.close(follower)
+    os.close(leader)
+    lines = [json.loads(line) for line in found.stdout.splitlines()]
+    assert [line["image"] for line in lines] == images
+    assert all((tmp_path / "p" / line["map"]).exists() for line in lines)
+
+
+def test_odd_names_and_folders_stop_nothing(run: Run, fit, tmp_path: Path) -> None:
+    bundle = fit("--shots", 2)
+    (tmp_path / "nothing").mkdir()
+    deep = tmp_path / "a" / "b" / "c"
+    names = ["x" * 240 + ".png", "naïve ü 字.png", os.fsdecode(b"no-text-\xff.png")]
+    for name in names:
+        save(deep / name, texture(3))
+    words = ["predict", bundle, tmp_path / "nothing", tmp_path / "a", "-o", tmp_path / "p"]
+    code, _, err = run(*words, "--maps")
+    assert code == 2 and "nothing" in one_line(err)
+    text = (tmp_path / "p" / "predictions.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert len(lines) == 4 and [bool(line["error"]) for line in lines] == [
+        True,
+        False,
+        False,
+        False,
+    ]
+    assert all((tmp_path / "p" / line["map"]).exists() for line in lines[1:])
+
+
+def test_refusals_cost_no_work(run: Run, fit, parts: Path, tmp_path: Path) -> None:
+    bundle = fit("--shots", 2)
+    (tmp_path / "file.txt").write_text("x")
+    code, _, err = run("evaluate", bundle, parts, "-o", tmp_path / "file.txt")
+    assert code == 2 and "file.txt" in one_line(err)
+    code, _, err = run("predict", bundle, parts, "-o", tmp_path / "file.txt")
+    assert code == 2 and "file.txt" in one_line(err)
+    for words, expected in (
+        (["-o", tmp_path / "file.txt"], "file.txt"),
+        (["-o", tmp_path / "x", "--alpha", 0.01], "at least 99"),
+        (["-o", tmp_path / "x", "--image-size", 0], "image-size"),
+        (["-o", tmp_path / "x", "--device", "meta"], "meta"),
+        (["-o", tmp_path / "x", "--alpha", 2], "alpha"),
+        (["-o", tmp_path / "x", "--seed", "9" * 30], "seed"),
+    ):
+        code, _, err = run("fit", "patchcore", parts, *words, "--backbone", TINY)
+        assert code == 2 and expected in one_line(err)
+    good_only = tmp_path / "good_only"
+    for k in range(3):
+        save(good_only / f"{k}.png", texture(k))
+    code, _, err = run("evaluate", bundle, good_only, "-o", tmp_path / "e")
+    assert code == 2 and "no test images" in one_line(err)
+
+
+def test_states_for_machines(run: Run, parts: Path, tmp_path: Path, tiny_weights: str) -> None:
+    code, out, _ = run(
+        "fit", "patchcore", parts, "-o", tmp_path / "B", "--backbone", TINY,
+        "--weights", tiny_weights, "--image-size", 96, "--calibration", 0.5, "--json",
+    )  # fmt: skip
+    state = json.loads(out)
+    assert code == 0 and state["bundle"] == str(tmp_path / "B")
+    row = state["categories"][0]
+    assert (row["category"], row["references"], row["calibrated_on"]) == ("across", 12, 12)
+    assert row["smallest_alpha"] == 0.077
+
+
+def test_doctor_tells_what_is_missing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from anomalyst import doctor
+
+    rows = {row["check"]: row for row in doctor.examine()}
+    assert rows["extra [train]"]["works"] and rows["devices"]["works"]
+    monkeypatch.setattr(doctor.util, "find_spec", lambda name: None)
+    code, out, _ = run("doctor", "--json")
+    rows = {row["check"]: row for row in json.loads(out)}
+    assert code == 2 and "pip install 'anomalyst[train]'" in rows["extra [train]"]["detail"]
+    assert not rows["self-test"]["works"]
+
+
+def test_ctrl_c_is_one_word(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("anomalyst.methods.base.methods", interrupt)
+    code, _, err = run("methods")
+    assert code == 130 and "Traceback" not in err and "error" not in err

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from anomalyst.features.cache import FeatureCache
 
 from anomalyst.detector import Detector
 from anomalyst.errors import InputError
+from anomalyst.features.cache import FeatureCache
 from anomalyst.methods import REGISTRY
 from anomalyst.types import Prediction
 from conftest import TINY, blot, texture
@@ -121,6 +121,14 @@ def test_cached_features_give_the_same_result(method: str, make, tmp_path: Path)
     np.testing.assert_array_equal(first.map, second.map)
     scale = float(np.abs(fresh.map).max())
     np.testing.assert_allclose(first.map, fresh.map, atol=5e-3 * scale)
+
+
+def test_the_first_view_of_a_reference_is_the_reference(method: str, make) -> None:
+    """Retrieval and the feature cache count on it."""
+    import torch
+
+    images = torch.rand(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(next(iter(make(method).method.reference_views(images))), images)
 
 
 def test_an_easy_defect_is_found_and_placed(method: str, make) -> None:

@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from anomalyst import Detector, InputError, Sample, load_dataset
+from anomalyst import Detector, InputError, Sample, evaluate, load_dataset
+from anomalyst.features.cache import FeatureCache
+from anomalyst.promises import belonging, describe, require_levels
 from anomalyst.scoring import Decision
 from conftest import TINY, blot, save, texture
 
@@ -142,6 +144,7 @@ def test_a_calibrated_bundle_decides_the_same(
     detector.fit(data.train, calibration=0.5)
     before = list(detector.predict(data.test))
     again = Detector.load(detector.save(tmp_path / "b"))
+    assert again.image_size == 96 and not again.square
     assert again.decision == Decision(0.05, 0.1)
     assert [p.verdict for p in again.predict(data.test)] == [p.verdict for p in before]
     assert list(again.predict(data.test)) == before
@@ -171,9 +174,14 @@ def test_an_unsupported_level_is_refused_with_the_number_needed(
     detector: Detector, make_parts: Callable[..., Path]
 ) -> None:
     detector.fit(load_dataset(make_parts()).train, calibration=0.5)
-    detector.require_level(0.2)
+    require_levels(detector, (0.2, None), ["plate"])
     with pytest.raises(InputError, match="at least 99 held-out normal images, it has 6"):
-        detector.require_level(0.01)
+        require_levels(detector, (None, 0.01), ["plate"])
+    (line,) = describe(detector)
+    assert "--alpha 0.1429" in line  # 1 / 7, rounded up
+    require_levels(detector, (0.1429,), ["plate"])
+    with pytest.raises(InputError, match="nothing could be sent to review"):
+        Decision(0.1, 0.01)
 
 
 def test_maps_lie_on_the_original_pixels(detector: Detector) -> None:
@@ -193,3 +201,78 @@ def test_peak_memory_is_this_processes_own() -> None:
     code = "from anomalyst.evaluation import peak_rss_mb; print(peak_rss_mb())"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert 10 < float(found.stdout) < ballast.nbytes / 1e6
+
+
+def test_a_failed_fit_leaves_the_detector_as_it_was(
+    detector: Detector, make_parts: Callable[..., Path]
+) -> None:
+    data = load_dataset(make_parts(("across", "down")))
+    detector.fit(data.train, calibration=0.5)
+    before = [p.score for p in detector.predict(data.test)]
+    next(s.path for s in data.train if s.category == "down").write_bytes(b"")
+    with pytest.raises(InputError, match="000"):
+        detector.fit(data.train, calibration=0)
+    assert detector.categories == ("across", "down") and len(detector.calibration) == 2
+    assert [p.score for p in detector.predict(data.test)] == before
+
+
+def test_a_loaded_detector_is_fitted_again_on_the_same_footing(
+    tiny_weights: str, make_parts: Callable[..., Path], tmp_path: Path
+) -> None:
+    data = load_dataset(make_parts())
+    first = Detector("patchcore", backbone=TINY, weights=tiny_weights, image_size=64, square=True)
+    first.fit(data.train, calibration=0)
+    again = Detector.load(first.save(tmp_path / "b"))
+    again.fit(data.train, calibration=0)
+    assert again.engine.preprocess == first.engine.preprocess
+    scores = [[p.score for p in each.predict(data.test)] for each in (first, again)]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-6)
+
+
+def test_calibration_counts_each_image_once(detector: Detector, tmp_path: Path) -> None:
+    detector.enroll("plate", [texture(0)])
+    copies = [Sample(save(tmp_path / f"{k}.png", texture(1)), "plate", 0) for k in range(30)]
+    assert detector.calibrate(copies) == {"plate": 1}
+
+
+def test_images_that_calibrated_are_not_tested_on(
+    detector: Detector, make_parts: Callable[..., Path]
+) -> None:
+    data = load_dataset(make_parts())
+    detector.fit(data.train, calibration=0)
+    good = [s for s in data.test if s.label == 0]
+    detector.calibrate(good[:2])
+    row = evaluate(detector, data).metrics["categories"]["plate"]
+    assert (row["n_normal"], row["n_anomalous"]) == (len(good) - 2, 3)
+
+
+def test_the_cache_keeps_apart_what_differs(tiny_weights: str, tmp_path: Path) -> None:
+    """A file that changes between reading and caching, and another size on the same cache."""
+    cache = FeatureCache(tmp_path / "cache")
+    path = save(tmp_path / "latest.png", texture(1))
+    settings = {"backbone": TINY, "weights": tiny_weights, "feature_cache": cache}
+    detector = Detector("anomaly-dino", image_size=96, **settings)
+    detector.enroll("plate", [texture(0)])
+    good = next(detector.predict(path)).score
+    save(path, blot(texture(1), 20, 20, 40))
+    assert next(detector.predict(path)).score > 2 * good
+    save(path, texture(1))
+    assert next(detector.predict(path)).score == good
+    smaller = Detector("anomaly-dino", image_size=64, **settings)
+    smaller.enroll("plate", [texture(0)])
+    assert next(smaller.predict(path)).score_map.values.shape == (4, 4)
+
+
+def test_a_plain_folder_stands_for_the_only_product(
+    detector: Detector, make_parts: Callable[..., Path], tmp_path: Path
+) -> None:
+    data = load_dataset(make_parts(("across", "down")))
+    detector.fit(data.train, calibration=0)
+    folder = load_dataset(data.train[0].path.parent)
+    assert folder.layout == "folder"
+    with pytest.raises(InputError, match="--category"):
+        belonging(detector, folder, folder.train)
+    chosen = belonging(detector, folder, folder.train, ["down"])
+    assert {sample.category for sample in chosen} == {"down"}
+    with pytest.raises(InputError, match="did you mean 'down'"):
+        belonging(detector, folder, folder.train, ["dow"])

@@ -9,9 +9,10 @@ the folder is whole.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-import os
 import zipfile
+import zlib
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from importlib import metadata
@@ -26,11 +27,21 @@ from safetensors.numpy import load as tensors_from_bytes
 from safetensors.numpy import save as tensors_to_bytes
 
 from anomalyst.errors import InputError
+from anomalyst.files import replace_file
 
 SCHEMA_VERSION = 1
 MANIFEST = "bundle.json"
 Arrays = Mapping[str, npt.NDArray[Any]]
 
+# What a damaged folder or zip makes its readers raise; an encrypted zip is a RuntimeError.
+_UNREADABLE = (
+    zipfile.BadZipFile,
+    zlib.error,
+    SafetensorError,
+    OSError,
+    EOFError,
+    RuntimeError,
+)
 _PACKAGES = ("anomalyst", "numpy", "pillow", "torch", "timm", "open-clip-torch")
 
 
@@ -49,7 +60,6 @@ class ReferenceRecord(BaseModel):
     model_config = ConfigDict(extra="forbid")
     name: str
     sha256: str
-    label: int = 0
 
 
 class CategoryRecord(BaseModel):
@@ -59,6 +69,7 @@ class CategoryRecord(BaseModel):
     references: list[ReferenceRecord] = []
     calibration_scores: list[float] = []
     calibration_maxima: list[float] = []
+    calibration_sha256: list[str] = []
 
 
 class Manifest(BaseModel):
@@ -109,6 +120,7 @@ def write_bundle(path: Path, manifest: Manifest, parts: Mapping[str, Arrays]) ->
     InputError
         The folder holds something else, or cannot be written.
     """
+    check_destination(path)
     blobs = {}
     for part, arrays in parts.items():
         blob = tensors_to_bytes({key: np.ascontiguousarray(value) for key, value in arrays.items()})
@@ -139,44 +151,51 @@ def _sealed(manifest: Manifest) -> bytes:
     return json.dumps({**content, "seal": _seal(content)}, indent=2).encode()
 
 
+def check_destination(path: Path) -> None:
+    """Raise `InputError` where a bundle would overwrite something that is none."""
+    if path.suffix == ".zip":
+        if path.is_dir():
+            raise InputError(f"{path} is a folder: name a file for the .zip")
+        if path.exists() and not _is_bundle_zip(path):
+            raise InputError(f"{path} is a zip of something else: name a new file")
+    elif path.exists() and not path.is_dir():
+        raise InputError(f"{path} is a file: name a folder (or a .zip) for the bundle")
+    elif path.is_dir() and any(path.iterdir()) and not (path / MANIFEST).exists():
+        raise InputError(f"{path} holds other files and no {MANIFEST}: name a new folder")
+
+
+def _is_bundle_zip(path: Path) -> bool:
+    return zipfile.is_zipfile(path) and MANIFEST in zipfile.ZipFile(path).namelist()
+
+
 def _write_zip(path: Path, files: Mapping[str, bytes]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
-            for name, blob in files.items():
-                archive.writestr(name, blob)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_STORED) as archive:
+        for name, blob in files.items():
+            archive.writestr(name, blob)
+    replace_file(path, packed.getvalue())
 
 
 def _write_folder(path: Path, manifest: bytes, blobs: Mapping[str, bytes]) -> None:
-    if path.exists() and not path.is_dir():
-        raise InputError(f"{path} is a file: name a folder (or a .zip) for the bundle")
-    if path.is_dir() and any(path.iterdir()) and not (path / MANIFEST).exists():
-        raise InputError(f"{path} holds other files and no {MANIFEST}: name a new folder")
     path.mkdir(parents=True, exist_ok=True)
+    former = _named_files(path)
     for name, blob in blobs.items():
-        if not (path / name).exists():
+        # The name carries the hash, but a file that was damaged since must be written anew.
+        if not (path / name).exists() or (path / name).read_bytes() != blob:
             replace_file(path / name, blob)
     replace_file(path / MANIFEST, manifest)
-    for old in path.glob("*.safetensors"):
-        if old.name not in blobs:
-            old.unlink()
+    for name in former - set(blobs):
+        (path / name).unlink(missing_ok=True)
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file so that readers see the old content or the new, never a part."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+def _named_files(path: Path) -> set[str]:
+    """Return the tensor files that the manifest now in a folder names; none if it is damaged."""
     try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+        named = json.loads((path / MANIFEST).read_bytes())["files"].values()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return set()
+    return {name for name in named if isinstance(name, str) and Path(name).name == name}
 
 
 def read_bundle(path: Path) -> tuple[Manifest, dict[str, dict[str, npt.NDArray[Any]]]]:
@@ -200,7 +219,7 @@ def read_bundle(path: Path) -> tuple[Manifest, dict[str, dict[str, npt.NDArray[A
             parts[part] = tensors_from_bytes(blob)
     except (KeyError, FileNotFoundError) as error:
         raise InputError(f"{path}: not a whole bundle, {error} is missing; copy it again") from None
-    except (zipfile.BadZipFile, SafetensorError, OSError) as error:
+    except _UNREADABLE as error:
         raise InputError(f"{path}: cannot be read as a bundle ({error}); copy it again") from None
     return manifest, parts
 
@@ -217,7 +236,11 @@ def _folder_reader(path: Path) -> Any:
 
 
 def _zip_reader(path: Path) -> Any:
-    return zipfile.ZipFile(path).read
+    """Return the reader of a zip, also of one whose files lie in a folder of its own."""
+    archive = zipfile.ZipFile(path)
+    inside = [name for name in archive.namelist() if name.endswith(f"/{MANIFEST}")]
+    prefix = inside[0].removesuffix(MANIFEST) if len(inside) == 1 else ""
+    return lambda name: archive.read(prefix + name)
 
 
 def _parse(path: Path, text: bytes) -> Manifest:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from difflib import get_close_matches
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -56,6 +58,7 @@ Settings = Annotated[
 CalibrationShare = Annotated[
     float, typer.Option(min=0, max=0.9, help="Share of good images held out to calibrate.")
 ]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Fixes every random choice.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 CacheFolder = Annotated[
     Path | None,
@@ -74,6 +77,7 @@ def demo(
     """Find defects on real solar cells: fit, calibrate, predict, report."""
     from anomalyst.demo import run_demo
 
+    _make_folder(output)
     metrics, report = run_demo(output, shots)
     show_json(metrics) if as_json else show_metrics(metrics)
     say(f"report: {report}")
@@ -115,7 +119,7 @@ def fit(
     category: Categories = None,
     layout: Layout = None,
     shots: Shots = None,
-    seed: Annotated[int, typer.Option(help="Fixes every random choice.")] = 0,
+    seed: Seed = 0,
     backbone: Annotated[str, typer.Option(help="See `anomalyst backbones`.")] = "auto",
     weights: Weights = None,
     image_size: ImageSize = None,
@@ -127,10 +131,13 @@ def fit(
     device: Device = "auto",
     offline: Annotated[bool, typer.Option("--offline", help="Forbid downloads.")] = False,
     feature_cache: CacheFolder = None,
+    as_json: Json = False,
 ) -> None:
     """Make a detector from good images and write it as a bundle."""
+    from anomalyst.bundle import check_destination
     from anomalyst.data.layouts import load_dataset
     from anomalyst.detector import Detector
+    from anomalyst.promises import require_held_out
     from anomalyst.settings import detector_settings, given_decision
 
     detector = Detector(
@@ -146,12 +153,12 @@ def fit(
         feature_cache=_cache(feature_cache),
     )
     training = load_dataset(data, layout=layout, categories=category).train
-    detector.fit(training, shots=shots, calibration=calibration)
-    if alpha is not None:
-        detector.require_level(alpha)
+    check_destination(output)
+    require_held_out(training, calibration, (alpha, alpha_review))
+    with progress() as advance:
+        detector.fit(training, shots=shots, calibration=calibration, progress=advance)
     detector.save(output)
-    _tell_state(detector)
-    print(output)
+    _tell_state(detector, output, as_json)
 
 
 @app.command()
@@ -166,6 +173,7 @@ def enroll(
         list[Path] | None, typer.Option(help="Mask of each --abnormal, in the same order.")
     ] = None,
     device: Device = "auto",
+    as_json: Json = False,
 ) -> None:
     """Add references of a category to a bundle: seconds, no training."""
     from anomalyst.data.images import list_images
@@ -177,10 +185,10 @@ def enroll(
         raise InputError(f"{len(bad)} --abnormal but {len(masks)} --mask: give one mask for each")
     images = [path for given in normal for path in list_images(given)]
     pairs = [(path, masks[k] if masks else None) for k, path in enumerate(bad)]
-    detector.enroll(category, images, pairs)
+    with progress() as advance:
+        detector.enroll(category, images, pairs, advance)
     detector.save(bundle)
-    _tell_state(detector)
-    print(bundle)
+    _tell_state(detector, bundle, as_json)
 
 
 @app.command()
@@ -192,21 +200,22 @@ def calibrate(
     alpha: Alpha = None,
     alpha_review: AlphaReview = None,
     device: Device = "auto",
+    as_json: Json = False,
 ) -> None:
     """Calibrate a bundle on good images that are none of its references."""
     from anomalyst.data.layouts import load_dataset
     from anomalyst.detector import Detector
+    from anomalyst.promises import belonging, require_levels
     from anomalyst.settings import given_decision
 
     detector = Detector.load(bundle, device=device)
     detector.decision = given_decision(alpha, alpha_review, detector.decision)
     found = load_dataset(data, layout=layout)
-    detector.calibrate(detector.match_categories(found, category))
-    if alpha is not None:
-        detector.require_level(alpha)
+    with progress() as advance:
+        used = detector.calibrate(belonging(detector, found, found.train, category), advance)
+    require_levels(detector, (alpha, alpha_review), used)
     detector.save(bundle)
-    _tell_state(detector)
-    print(bundle)
+    _tell_state(detector, bundle, as_json)
 
 
 @app.command()
@@ -227,32 +236,28 @@ def predict(
     as_json: Json = False,
 ) -> None:
     """Judge images: predictions.jsonl, one line an image, in input order."""
-    from anomalyst.data.images import list_images
     from anomalyst.detector import Detector
-    from anomalyst.predictions import OutputChoice, to_record, write_predictions
+    from anomalyst.predictions import OutputChoice, write_predictions
+    from anomalyst.promises import require_levels
     from anomalyst.settings import given_decision
 
     detector = Detector.load(bundle, device=device)
     detector.decision = given_decision(alpha, alpha_review, detector.decision)
-    if alpha is not None:
-        detector.require_level(alpha)
-    sources = [path for given in images for path in _expand(given, list_images)]
+    concerned = (category,) if category else detector.categories
+    require_levels(detector, (alpha, alpha_review), concerned)
+    sources = [path for given in images for path in _expand(given)]
     counts: dict[str, int] = {}
-    with progress("predict", len(sources)) as advance:
-        for found in write_predictions(
-            detector,
-            sources,
-            output,
-            category=category,
-            choice=OutputChoice(maps, overlays),
-        ):
-            word = "error" if found.error else found.verdict or "not calibrated"
+    choice = OutputChoice(maps, overlays)
+    records = write_predictions(detector, sources, output, category=category, choice=choice)
+    with progress() as advance:
+        for done, record in enumerate(records, start=1):
+            word = "error" if record["error"] else str(record["verdict"] or "not calibrated")
             counts[word] = counts.get(word, 0) + 1
-            if found.error:
-                say(f"error: {found.error}")
+            if record["error"]:
+                say(f"error: {record['error']}")
             if as_json:
-                show_json(to_record(found))
-            advance(1)
+                print(json.dumps(record), flush=True)
+            advance("predict", done, len(sources))
     say(", ".join(f"{count} {word}" for word, count in sorted(counts.items())))
     if not as_json:
         print(output / "predictions.jsonl")
@@ -278,14 +283,15 @@ def evaluate(
     from anomalyst.data.layouts import load_dataset
     from anomalyst.detector import Detector
     from anomalyst.evaluation import evaluate as measure
-    from anomalyst.evaluation import test_samples, write_metrics
+    from anomalyst.evaluation import write_metrics
     from anomalyst.evaluation_report import write_evaluation_report
     from anomalyst.settings import parse_eval_size
 
     size = parse_eval_size(eval_size)
+    _make_folder(output)
     detector = Detector.load(bundle, device=device, feature_cache=_cache(feature_cache))
     found = load_dataset(data, layout=layout, categories=category)
-    with progress("evaluate", len(test_samples(detector, found))) as advance:
+    with progress() as advance:
         result = measure(detector, found, eval_size=size, progress=advance)
     write_metrics(result, output)
     report = write_evaluation_report(result, detector, output, source=bundle, data=found)
@@ -308,7 +314,7 @@ def doctor(as_json: Json = False) -> None:
     else:
         show_table(["check", "works", "detail"], [list(row.values()) for row in rows])
     if not all(row["works"] for row in rows if row["check"] == "self-test"):
-        raise typer.Exit(1)
+        raise typer.Exit(2)
 
 
 @weights_app.command("list")
@@ -363,15 +369,38 @@ def _cache(folder: Path | None) -> Any:
     return FeatureCache(folder)
 
 
-def _expand(path: Path, list_images: Any) -> list[Path]:
-    """Return a folder's images; anything else stays, so that a bad one becomes its own line."""
-    return list(list_images(path)) if path.is_dir() else [path]
+def _expand(path: Path) -> list[Path]:
+    """Return the images below a folder; what is none stays, and becomes a line of its own."""
+    from anomalyst.data.images import list_images
+
+    if not path.is_dir():
+        return [path]
+    try:
+        return list_images(path, recursive=True)
+    except InputError:
+        return [path]
 
 
-def _tell_state(detector: Any) -> None:
-    """Say what the detector can promise, category by category."""
-    for line in detector.describe():
+def _make_folder(path: Path) -> None:
+    """Make the folder for results, before the work and not after it."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{path}: no folder for results can be made there ({error.strerror}); name another"
+        ) from None
+
+
+def _tell_state(detector: Any, bundle: Path, as_json: bool) -> None:
+    """Print where the bundle is, and say what the detector can promise."""
+    from anomalyst.promises import describe, state
+
+    if as_json:
+        show_json({"bundle": str(bundle), "categories": state(detector)})
+        return
+    for line in describe(detector):
         say(line)
+    print(bundle)
 
 
 def _version(wanted: bool) -> None:
@@ -395,15 +424,14 @@ def main() -> None:
     """Run the command line: 0 done, 2 the user's input or data is at fault, 1 our fault."""
     arguments = [word for word in sys.argv[1:] if word != "--debug"]
     debug = len(arguments) != len(sys.argv) - 1
+    if isinstance(sys.stdout, TextIOWrapper):  # a dash must not stop a console that lacks it
+        sys.stdout.reconfigure(errors="replace")
     try:
         code = app(arguments, standalone_mode=False)
     except Exception as error:
         if debug:
             raise
         sys.exit(_explain(error))
-    except KeyboardInterrupt:
-        say("stopped; nothing half-written was left")
-        sys.exit(130)
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -420,9 +448,14 @@ def _nearest(error: Any) -> str:
 
 def _explain(error: Exception) -> int:
     """Print one line on an error and return the exit code."""
+    if type(error).__name__ == "Abort":  # Ctrl-C
+        say("stopped")
+        return 130
     # typer raises click's errors, or those of a click of its own: what they share is this method.
     if hasattr(error, "format_message"):
-        say(f"error: {error.format_message()}{_nearest(error)}")
+        message = error.format_message()
+        if message:  # empty where the help was shown instead
+            say(f"error: {message}{_nearest(error)}")
         return 2
     if isinstance(error, InputError):
         say(f"error: {error}")

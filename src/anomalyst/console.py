@@ -56,29 +56,33 @@ def show_metrics(metrics: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show progress: a bar on a terminal, a line every tenth part elsewhere."""
+def progress() -> Iterator[Callable[[str, int, int], None]]:
+    """Yield what to call with (stage, done, total): bars on a terminal, else a line each tenth."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TimeRemainingColumn
 
     console = Console(stderr=True)
-    if console.is_terminal:
-        with Progress(
-            "{task.description}",
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=console,
-        ) as bar:
-            task = bar.add_task(label, total=total)
-            yield lambda step: bar.advance(task, step)
+    if not console.is_terminal:
+        yield _tell_tenths
         return
-    done = 0
+    columns = (
+        "{task.description}",
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    # stdout is where results go: a bar on stderr must leave it alone.
+    with Progress(*columns, console=console, redirect_stdout=False) as bars:
+        tasks: dict[str, TaskID] = {}
 
-    def advance(step: int) -> None:
-        nonlocal done
-        before, done = done, done + step
-        if total and before * 10 // total != done * 10 // total:
-            say(f"{label} {done}/{total}")
+        def advance(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done)
 
-    yield advance
+        yield advance
+
+
+def _tell_tenths(stage: str, done: int, total: int) -> None:
+    if total >= 20 and done * 10 // total != (done - 1) * 10 // total:
+        say(f"{stage} {done}/{total}")

@@ -16,29 +16,27 @@ from anomalyst.console import progress, say
 from anomalyst.data.layouts import Dataset
 from anomalyst.detector import Detector
 from anomalyst.errors import InputError
-from anomalyst.evaluation import evaluate, test_samples, write_metrics
+from anomalyst.evaluation import evaluate, write_metrics
 from anomalyst.evaluation_report import write_evaluation_report
 from anomalyst.types import Sample
 
 _IMAGE_SIZE = 224
 _CALIBRATION_IMAGES = 200
+_MOST_SHOTS = 100
 
 
-def solar_cells(shots: int) -> Dataset:
-    """Return the cells: ``shots`` and the calibration images as train, the rest as test.
+def solar_cells(shots: int) -> tuple[Dataset, list[Sample]]:
+    """Return the cells, ``shots`` of each kind to compare with as train and the rest as test,
+    and apart from both the good cells to calibrate on.
 
     Raises
     ------
     InputError
-        The package that carries the images is not installed.
+        The package that carries the images is not installed, or so many shots leave no test.
     """
-    try:
-        files = metadata.files("elpv-dataset") or []
-    except metadata.PackageNotFoundError:
-        raise InputError(
-            "the demo's images come in a package: pip install 'anomalyst[demo]'"
-        ) from None
-    labels = next(Path(str(file.locate())) for file in files if file.name == "labels.csv")
+    if not 1 <= shots <= _MOST_SHOTS:
+        raise InputError(f"--shots {shots}: give 1 to {_MOST_SHOTS} good cells of each kind")
+    labels = _find_labels()
     good: dict[str, list[Sample]] = {"mono": [], "poly": []}
     test: list[Sample] = []
     for line in labels.read_text().splitlines():
@@ -49,29 +47,49 @@ def solar_cells(shots: int) -> Dataset:
         elif float(probability) == 1:
             test.append(Sample(path, kind, 1, "defective"))
     train: list[Sample] = []
+    calibration: list[Sample] = []
     for cells in good.values():
-        # Neighbouring files show the same module: take cells from all over the list.
-        wanted = shots + _CALIBRATION_IMAGES
-        chosen = {k * len(cells) // wanted for k in range(wanted)}
-        train += [cell for k, cell in enumerate(cells) if k in chosen]
-        test += [cell for k, cell in enumerate(cells) if k not in chosen]
-    return Dataset(labels.parent, "elpv", ("mono", "poly"), tuple(train), tuple(test))
+        references, others = _spread(cells, shots)
+        held_out, rest = _spread(others, _CALIBRATION_IMAGES)
+        train += references
+        calibration += held_out
+        test += rest
+    data = Dataset(labels.parent, "elpv", ("mono", "poly"), tuple(train), tuple(test))
+    return data, calibration
+
+
+def _find_labels() -> Path:
+    try:
+        files = metadata.files("elpv-dataset") or []
+    except metadata.PackageNotFoundError:
+        raise InputError(
+            "the demo's images come in a package: pip install 'anomalyst[demo]'"
+        ) from None
+    return next(Path(str(file.locate())) for file in files if file.name == "labels.csv")
+
+
+def _spread(cells: list[Sample], count: int) -> tuple[list[Sample], list[Sample]]:
+    """Return ``count`` cells from all over the list, and the others.
+
+    Neighbouring files show the same solar module.
+    """
+    chosen = {k * len(cells) // count for k in range(count)}
+    taken = [cell for k, cell in enumerate(cells) if k in chosen]
+    return taken, [cell for k, cell in enumerate(cells) if k not in chosen]
 
 
 def run_demo(output: Path, shots: int) -> tuple[dict[str, Any], Path]:
     """Fit, calibrate, predict and report; return the metrics and the report's path."""
-    if shots < 1:
-        raise InputError(f"--shots {shots}: at least one good cell of each kind is needed")
-    cells = solar_cells(shots)
+    cells, held_out = solar_cells(shots)
     detector = Detector("anomaly-dino", image_size=_IMAGE_SIZE)
-    held_out = _CALIBRATION_IMAGES / (_CALIBRATION_IMAGES + shots)
     say(
         f"one detector, two products: {shots} good mono and {shots} good poly solar cells to "
         f"compare with, {_CALIBRATION_IMAGES} more of each to calibrate on"
     )
-    detector.fit(cells.train, calibration=held_out)
-    bundle = detector.save(output / "bundle")
-    with progress("judging the other cells", len(test_samples(detector, cells))) as advance:
+    with progress() as advance:
+        detector.fit(cells.train, shots=shots, calibration=0, progress=advance)
+        detector.calibrate(held_out, advance)
+        bundle = detector.save(output / "bundle")
         result = evaluate(detector, cells, progress=advance)
     write_metrics(result, output)
     report = write_evaluation_report(result, detector, output, source=bundle, data=cells)

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from anomalyst.bundle import Manifest, ReferenceRecord
-from anomalyst.data.layouts import Dataset, few_shot, hold_out
+from anomalyst.bundle import ReferenceRecord
+from anomalyst.data.layouts import few_shot, hold_out
 from anomalyst.data.transforms import Preprocess
 from anomalyst.errors import InputError, unknown
 from anomalyst.features.backbones import find_backbone
-from anomalyst.inference import ImageSource, by_shape, read_batches, source_hash
+from anomalyst.inference import ImageSource, Item, by_shape, read_batches
 from anomalyst.methods.base import Method, find_method, make_options
-from anomalyst.scoring import Calibration, Decision, normals_needed
+from anomalyst.scoring import Calibration, Decision
 from anomalyst.types import Prediction, Sample
 
 if TYPE_CHECKING:
@@ -27,6 +26,8 @@ if TYPE_CHECKING:
     from anomalyst.engine import Engine
     from anomalyst.features.cache import FeatureCache
     from anomalyst.retrieval import CategoryIndex
+
+Progress = Callable[[str, int, int], None]
 
 _ONE_IMAGE = (str, Path, bytes, Sample, np.ndarray)
 
@@ -106,24 +107,27 @@ class Detector:
         self.references: dict[str, list[ReferenceRecord]] = {}
         self.calibration: dict[str, Calibration] = {}
         self.seconds: dict[str, float] = {}
-        self._parts: tuple[Engine, Method, CategoryIndex] | None = None
+        self._engine: Engine | None = None
+        self._learner: tuple[Method, CategoryIndex] | None = None
 
     # ---- the parts, made when first needed ------------------------------------------------------
 
     @property
     def engine(self) -> Engine:
-        """Preprocessing and frozen backbone."""
-        return self._made()[0]
+        """Preprocessing and frozen backbone; loading it is the first slow thing that happens."""
+        if self._engine is None:
+            self._engine = self._make_engine()
+        return self._engine
 
     @property
     def method(self) -> Method:
         """The method with all that it has learned."""
-        return self._made()[1]
+        return self._learned()[0]
 
     @property
     def index(self) -> CategoryIndex:
         """Descriptors of the references, which tell a category from an image alone."""
-        return self._made()[2]
+        return self._learned()[1]
 
     @property
     def categories(self) -> tuple[str, ...]:
@@ -132,101 +136,62 @@ class Detector:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over the content hashes of all references, whatever their order."""
-        hashes = sorted(r.sha256 for records in self.references.values() for r in records)
-        return hashlib.sha256("".join(hashes).encode()).hexdigest()
+        """SHA-256 over the content hashes of all references and calibration images, sorted."""
+        hashes = [r.sha256 for records in self.references.values() for r in records]
+        hashes += [image for each in self.calibration.values() for image in each.images]
+        return hashlib.sha256("".join(sorted(hashes)).encode()).hexdigest()
 
-    def describe(self) -> list[str]:
-        """Return one line a category: its references and what its calibration can promise."""
-        lines = []
-        for name, references in self.references.items():
-            calibration = self.calibration.get(name)
-            alpha = self.decision.alpha
-            if calibration is None:
-                state = "not calibrated: scores, but no verdicts"
-            elif calibration.supports(alpha):
-                state = f"calibrated on {calibration.count}: at most {alpha:.2%} of good parts NG"
-            else:
-                state = (
-                    f"calibrated on {calibration.count}: NG at {alpha:g} needs "
-                    f"{normals_needed(alpha)}, the least here is "
-                    f"--alpha {1 / (calibration.count + 1):.3f}"
-                )
-            lines.append(f"{name}: {len(references)} references, {state}")
-        return lines
+    def _make_engine(self) -> Engine:
+        method, spec = self.spec.load(), find_backbone(self.backbone_id)
+        make_options(method, self.options)  # a slip there must not wait for the weights
+        preprocess = Preprocess(
+            image_size=spec.image_size if self.image_size is None else self.image_size,
+            multiple=spec.stride,
+            mean=spec.mean,
+            std=spec.std,
+            square=self.square,
+            resize=self.resize,
+        )
+        layers = tuple(self.layers) if self.layers else method.default_layers(spec)
 
-    def match_categories(self, data: Dataset, wanted: Sequence[str] | None) -> list[Sample]:
-        """Return a data set's normal training images that belong to this detector's categories.
+        from anomalyst.engine import Engine, pick_device
+        from anomalyst.features.extractor import Backbone
 
-        A data set of one category stands for the only one enrolled, or for the one in ``wanted``,
-        whatever its folder is called.
-        """
-        names = list(wanted or self.categories)
-        for name in names:
-            if name not in self.references:
-                raise unknown("category", name, self.references)
-        if len(data.categories) == 1 and len(names) == 1:
-            return [replace(sample, category=names[0]) for sample in data.train]
-        found = [sample for sample in data.train if sample.category in names]
-        if not found:
-            raise InputError(
-                f"{data.root}: no good images of {', '.join(names)}; "
-                f"it has {', '.join(data.categories)}"
-            )
-        return found
+        device = pick_device(self.device)
+        backbone = Backbone.load(
+            spec.id, layers, weights=self.weights, offline=self.offline, device=device
+        )
+        return Engine(backbone, preprocess, device, self.feature_cache)
 
-    def _made(self) -> tuple[Engine, Method, CategoryIndex]:
-        """Return the parts; loading the backbone is the first slow thing that happens."""
-        if self._parts is None:
-            method, spec = self.spec.load(), find_backbone(self.backbone_id)
-            options = make_options(method, self.options)
-            layers = tuple(self.layers) if self.layers else method.default_layers(spec)
-            preprocess = Preprocess(
-                image_size=self.image_size or spec.image_size,
-                multiple=spec.stride,
-                mean=spec.mean,
-                std=spec.std,
-                square=self.square,
-                resize=self.resize,
-            )
-            learner = method(options, spec, layers, self.seed)
-
-            from anomalyst.engine import Engine, pick_device
-            from anomalyst.features.extractor import Backbone
+    def _learned(self) -> tuple[Method, CategoryIndex]:
+        if self._learner is None:
             from anomalyst.retrieval import CategoryIndex
 
-            device = pick_device(self.device)
-            backbone = Backbone.load(
-                spec.id, layers, weights=self.weights, offline=self.offline, device=device
-            )
-            engine = Engine(backbone, preprocess, device, self.feature_cache)
-            self._parts = (engine, learner, CategoryIndex())
-        return self._parts
+            method, backbone = self.spec.load(), self.engine.backbone
+            options = make_options(method, self.options)
+            learner = method(options, backbone.spec, backbone.layers, self.seed)
+            self._learner = (learner, CategoryIndex())
+        return self._learner
 
-    def restore(
-        self, engine: Engine, method: Method, descriptors: Mapping[str, Tensor], manifest: Manifest
-    ) -> None:
-        """Take over everything that a bundle holds."""
-        from anomalyst.retrieval import CategoryIndex
-
-        index = CategoryIndex()
-        index.load(descriptors)
-        self._parts = (engine, method, index)
-        self.setting, self.shots = manifest.setting, manifest.shots
-        self.seconds = manifest.seconds
-        for name, record in manifest.categories.items():
-            self.references[name] = record.references
-            if record.calibration_scores:
-                self.calibration[name] = Calibration.of(
-                    record.calibration_scores, record.calibration_maxima
-                )
+    def restore(self, engine: Engine, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Take over the backbone and all tensors that a bundle holds."""
+        self._engine = engine
+        self.method.load_tensors(tensors["method"])
+        self.index.load(tensors["retrieval"])
 
     # ---- learning -------------------------------------------------------------------------------
 
     def fit(
-        self, data: Sequence[Sample], *, shots: int | None = None, calibration: float = 0.2
+        self,
+        data: Sequence[Sample],
+        *,
+        shots: int | None = None,
+        calibration: float = 0.2,
+        progress: Progress | None = None,
     ) -> Detector:
         """Run the stages that the method has, on normal training images of any categories.
+
+        What the detector knew before is replaced, and kept if anything goes wrong.
 
         Parameters
         ----------
@@ -237,21 +202,25 @@ class Detector:
         calibration
             Share of each category's normal images, the last by name, that is held out from the
             references and calibrates the scores; 0 leaves the detector uncalibrated.
+        progress
+            Called with the stage, the images done and the images in all.
         """
         self._check_normal(data)
         kept, held_out = hold_out(data, calibration)
         if shots is not None:
             kept = few_shot(kept, shots, self.seed)
+        before = dict(vars(self))
+        try:
+            _ = self.engine  # loading weights is no part of the time that enrolment takes
+            self._learner, self.references, self.calibration, self.seconds = None, {}, {}, {}
+            for category in dict.fromkeys(_category(sample) for sample in kept):
+                self.enroll(category, [s for s in kept if s.category == category], (), progress)
+            if held_out:
+                self.calibrate(held_out, progress)
+        except BaseException:
+            vars(self).update(before)
+            raise
         self.shots, self.setting = shots, "few-shot" if shots is not None else "single"
-        self.references, self.calibration = {}, {}
-        self._parts = None
-        _ = self.engine  # loading weights is no part of the time that enrolment takes
-        began = time.perf_counter()
-        for category in dict.fromkeys(_category(sample) for sample in kept):
-            self.enroll(category, [s for s in kept if s.category == category])
-        self.seconds = {"train": 0.0, "enroll": time.perf_counter() - began}
-        if held_out:
-            self.calibrate(held_out)
         return self
 
     def _check_normal(self, data: Sequence[Sample]) -> None:
@@ -270,8 +239,11 @@ class Detector:
         category: str,
         normal: Sequence[ImageSource] = (),
         abnormal: Sequence[tuple[ImageSource, ImageSource | None]] = (),
+        progress: Progress | None = None,
     ) -> None:
-        """Add references of one category: seconds, no gradient.
+        """Add references of one category: seconds, no gradient. Known ones are passed over.
+
+        The category's calibration ends with it: it says nothing of the new references.
 
         Parameters
         ----------
@@ -281,23 +253,26 @@ class Detector:
             Normal images: paths, samples, bytes or uint8 arrays.
         abnormal
             Pairs of an abnormal image and its mask, for methods that use them.
+        progress
+            As in `fit`.
         """
         if abnormal and not self.spec.abnormal_references:
             raise InputError(
                 f"{self.spec.name} cannot use abnormal references; "
                 "`anomalyst methods` shows which methods can"
             )
+        if not category.strip() or not category.isprintable() or category.startswith("__"):
+            raise InputError(f"category {category!r}: give a printable name, not starting with __")
         if not normal:
             raise InputError(f"category {category!r}: give at least one normal reference image")
+        began = time.perf_counter()
+        records: list[ReferenceRecord] = []
         views: list[Sequence[Tensor]] = []
         plain: list[Sequence[Tensor]] = []
-        for batch in read_batches(normal, self.engine.preprocess, 8):
-            for item in batch:
-                if item.error:
-                    raise InputError(f"reference of {category!r}: {item.error}")
-            for positions in by_shape(batch):
+        for items in self._new_references(category, normal, records, progress):
+            for positions in by_shape(items):
                 found = self.engine.view_features(
-                    [batch[p] for p in positions],
+                    [items[p] for p in positions],
                     self.method.reference_views,
                     self.method.view_description,
                 )
@@ -306,13 +281,41 @@ class Detector:
         self.method.enroll(category, views)
         for features in plain:
             self.index.add(category, features)
-        records = self.references.setdefault(category, [])
-        records.extend(_record(source, number) for number, source in enumerate(normal))
-        # What calibrated the old references says nothing of the new ones.
+        self.references[category] = [*self.references.get(category, []), *records]
         self.calibration.pop(category, None)
+        self.shots, self.setting = None, "single"
+        spent = self.seconds.get("enroll", 0.0) + time.perf_counter() - began
+        self.seconds = {"train": 0.0, "enroll": spent}
 
-    def calibrate(self, data: Sequence[Sample]) -> dict[str, int]:
-        """Calibrate from held-out normal images; references among them are left out.
+    def _new_references(
+        self,
+        category: str,
+        sources: Sequence[ImageSource],
+        records: list[ReferenceRecord],
+        progress: Progress | None,
+    ) -> Iterator[list[Item]]:
+        """Yield batches of references that the category does not have, and record them."""
+        known = {record.sha256 for record in self.references.get(category, [])}
+        done = 0
+        for batch in read_batches(sources, self.engine.preprocess, 8):
+            fresh = []
+            for item in batch:
+                if item.error:
+                    raise InputError(f"reference of {category!r}: {item.error}")
+                if item.sha256 not in known:
+                    known.add(item.sha256)
+                    fresh.append(item)
+                    name = Path(item.name).name
+                    records.append(ReferenceRecord(name=name, sha256=item.sha256))
+            yield fresh
+            done += len(batch)
+            if progress:
+                progress(f"enroll {category}", done, len(sources))
+        if not records:
+            raise InputError(f"category {category!r} has all {len(sources)} references already")
+
+    def calibrate(self, data: Sequence[Sample], progress: Progress | None = None) -> dict[str, int]:
+        """Calibrate from held-out normal images; references and repeated images are left out.
 
         Returns
         -------
@@ -327,23 +330,24 @@ class Detector:
         anomalous = next((s for s in data if s.label == 1), None)
         if anomalous is not None:
             raise InputError(f"{anomalous.path}: calibration takes normal images only")
-        used = {r.sha256 for records in self.references.values() for r in records}
-        fresh = [sample for sample in data if source_hash(sample) not in used]
-        if not fresh:
+        seen = {r.sha256 for records in self.references.values() for r in records}
+        kept: dict[str, list[tuple[float, float, str]]] = {}
+        for done, p in enumerate(self.predict(data), start=1):
+            if p.error or p.category is None or p.score is None or p.map is None:
+                raise InputError(f"calibration image: {p.error}")
+            if p.sha256 not in seen:
+                seen.add(p.sha256)
+                kept.setdefault(p.category, []).append((p.score, float(p.map.max()), p.sha256))
+            if progress:
+                progress("calibrate", done, len(data))
+        if not kept:
             raise InputError(
                 f"all {len(data)} images given are references of this detector: "
                 "calibrate with normal images that it has not seen"
             )
-        scores: dict[str, list[float]] = {}
-        maxima: dict[str, list[float]] = {}
-        for p in self.predict(fresh):
-            if p.error or p.category is None or p.score is None or p.map is None:
-                raise InputError(f"calibration image: {p.error}")
-            scores.setdefault(p.category, []).append(p.score)
-            maxima.setdefault(p.category, []).append(float(p.map.max()))
-        for category, values in scores.items():
-            self.calibration[category] = Calibration.of(values, maxima[category])
-        return {category: len(values) for category, values in scores.items()}
+        for name, rows in kept.items():
+            self.calibration[name] = Calibration.of(*zip(*rows, strict=True))
+        return {name: len(rows) for name, rows in kept.items()}
 
     # ---- prediction -----------------------------------------------------------------------------
 
@@ -387,17 +391,6 @@ class Detector:
         # A threshold of 0 (held-out images equal to the references) is no unit to draw in.
         return threshold if threshold else self.method.heat_unit(category)
 
-    def require_level(self, alpha: float) -> None:
-        """Raise unless every category is calibrated well enough to promise ``alpha``."""
-        for category in self.categories:
-            count = self.calibration[category].count if category in self.calibration else 0
-            if count < normals_needed(alpha):
-                raise InputError(
-                    f"category {category!r}: alpha {alpha:g} needs at least "
-                    f"{normals_needed(alpha)} held-out normal images, it has {count}; give more "
-                    "with `anomalyst calibrate BUNDLE DATA` or ask for a larger alpha"
-                )
-
     # ---- files ----------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> Path:
@@ -434,12 +427,6 @@ class Detector:
         from anomalyst.persistence import load_detector
 
         return load_detector(Path(path), device, decision, feature_cache)
-
-
-def _record(source: ImageSource, number: int) -> ReferenceRecord:
-    place = source.path if isinstance(source, Sample) else source
-    name = Path(place).name if isinstance(place, (str, Path)) else f"image-{number}"
-    return ReferenceRecord(name=name, sha256=source_hash(source))
 
 
 def _category(sample: Sample) -> str:

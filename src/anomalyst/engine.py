@@ -14,7 +14,7 @@ from anomalyst.data.transforms import Preprocess
 from anomalyst.errors import InputError
 from anomalyst.features.cache import FeatureCache
 from anomalyst.features.extractor import Backbone
-from anomalyst.inference import Item, source_hash
+from anomalyst.inference import Item
 
 Views = Callable[[Tensor], Iterable[Tensor]]
 
@@ -27,8 +27,12 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise InputError(f"unknown device {name!r}: give auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device {name!r} asked for, but torch sees no GPU here; use cpu")
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"device {name!r} is not supported: give auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(
+            f"device {name!r} asked for, but torch sees {torch.cuda.device_count()} GPUs; use cpu"
+        )
     return device
 
 
@@ -69,9 +73,9 @@ class Engine:
         transform = json.dumps(self.preprocess.to_dict(), sort_keys=True)
         keys = [
             self.cache.key(
-                source_hash(item.source),
+                item.sha256,
                 transform,
-                self.backbone.weights_sha256,
+                f"{self.backbone.identity}:{self.backbone.weights_sha256}",
                 self.backbone.layers,
                 view,
             )

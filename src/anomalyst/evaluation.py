@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import platform
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,13 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from anomalyst.bundle import now, package_versions, replace_file
+from anomalyst.bundle import now, package_versions
 from anomalyst.data.images import read_mask
 from anomalyst.data.layouts import Dataset
-from anomalyst.detector import Detector
+from anomalyst.detector import Detector, Progress
 from anomalyst.errors import InputError
-from anomalyst.inference import source_hash
+from anomalyst.files import replace_file
 from anomalyst.metrics import ImageMetrics, ImageResult, PixelMetrics, PixelResult
+from anomalyst.promises import belonging
 from anomalyst.types import BoolArray, FloatArray, Prediction, Sample, ScoreMap
 
 METRICS = ("i_auroc", "i_ap", "i_f1max", "p_auroc", "p_ap", "p_f1max", "aupro")
@@ -89,32 +91,16 @@ class Evaluation:
     errors: list[str]
 
 
-def test_samples(detector: Detector, data: Dataset) -> list[Sample]:
-    """Return the test images of the detector's categories, its references left out.
-
-    Raises
-    ------
-    InputError
-        The data set has no test image of any of the detector's categories.
-    """
-    used = {r.sha256 for records in detector.references.values() for r in records}
-    chosen = [s for s in data.test if s.category in detector.references]
-    if not chosen:
-        raise InputError(
-            f"{data.root}: no test images of this detector's categories "
-            f"({', '.join(detector.categories)}); it has {', '.join(data.categories) or 'none'}"
-        )
-    return [s for s in chosen if not s.path.is_file() or source_hash(s) not in used]
-
-
 def evaluate(
     detector: Detector,
     data: Dataset,
     *,
     eval_size: int | None = EVAL_SIZE,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Evaluation:
-    """Judge the test images and measure.
+    """Judge the test images of the detector's categories and measure.
+
+    Images that the detector has as references, or was calibrated on, do not count.
 
     Parameters
     ----------
@@ -122,27 +108,43 @@ def evaluate(
         Side in pixels at which maps and masks are compared, 256 as in the papers; None compares
         at each image's original size.
     progress
-        Called with 1 after each image.
+        Called with the stage, the images done and the images in all.
 
     Returns
     -------
     Evaluation
         A bad image or mask is left out of the metrics and named in ``errors``.
+
+    Raises
+    ------
+    InputError
+        There are no test images, or none of the detector's categories.
     """
-    samples = test_samples(detector, data)
+    if not data.test:
+        raise InputError(
+            f"{data.root}: no test images; put them into test/good and test/DEFECT, or good and "
+            "bad (see the layouts in the documentation)"
+        )
+    samples = belonging(detector, data, data.test)
+    known = {r.sha256 for records in detector.references.values() for r in records}
+    known |= {image for each in detector.calibration.values() for image in each.images}
     found = {name: CategoryEvaluation(name) for name in dict.fromkeys(_names(samples))}
     errors: list[str] = []
-    began = time.perf_counter()
-    for sample, prediction in zip(samples, detector.predict(samples), strict=True):
+    seconds = 0.0
+    predictions = detector.predict(samples)
+    for done, sample in enumerate(samples, start=1):
+        began = time.perf_counter()
+        prediction = next(predictions)
+        seconds += time.perf_counter() - began
         try:
             if prediction.error is not None:
                 raise InputError(prediction.error)
-            found[sample.category or ""].add(sample, prediction, eval_size)
+            if prediction.sha256 not in known:
+                found[sample.category or ""].add(sample, prediction, eval_size)
         except InputError as error:
             errors.append(str(error))
         if progress:
-            progress(1)
-    seconds = time.perf_counter() - began
+            progress("evaluate", done, len(samples))
     metrics = _summary(detector, list(found.values()), seconds, len(samples), eval_size)
     return Evaluation(found, metrics, errors)
 
@@ -186,7 +188,7 @@ def _summary(
         "seed": detector.seed,
         "categories": rows,
         "mean": mean_metrics(list(rows.values())),
-        "seconds": {**detector.seconds, "predict": seconds},
+        "seconds": {"train": 0.0, "enroll": 0.0, **detector.seconds, "predict": seconds},
         "images_per_second": images / seconds,
         "peak_rss_mb": peak_rss_mb(),
         "environment": environment(),
@@ -194,9 +196,9 @@ def _summary(
 
 
 def mean_metrics(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
-    """Return each metric's mean over the categories that have it, None where none has."""
+    """Return each figure's mean over the categories that have it, None where none has."""
     mean: dict[str, float | None] = {}
-    for key in METRICS:
+    for key in ("n_normal", "n_anomalous", *METRICS):
         values = [row[key] for row in rows if row[key] is not None]
         mean[key] = float(np.mean(values)) if values else None
     return mean
@@ -206,13 +208,15 @@ def peak_rss_mb() -> float | None:
     """Return this process's peak resident memory in MB; None where the system does not tell."""
     status = Path("/proc/self/status")
     if status.exists():  # Linux; getrusage there starts from the peak of the parent process
-        lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
-        return int(lines["VmHWM"].split()[0]) * 1024 / 1e6  # "kB" there are KiB
+        lines = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
+        if "VmHWM" in lines:
+            return int(lines["VmHWM"].split()[0]) * 1024 / 1e6  # "kB" there are KiB
     try:
         import resource
     except ImportError:  # Windows
         return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # macOS counts bytes
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
 
 
 def environment() -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
 from dataclasses import replace
@@ -13,6 +12,7 @@ from anomalyst.data.images import read_image, read_mask
 from anomalyst.data.layouts import Dataset
 from anomalyst.detector import Detector
 from anomalyst.evaluation import CategoryEvaluation, Evaluation
+from anomalyst.promises import describe
 from anomalyst.report import (
     CategoryReport,
     ReportData,
@@ -66,7 +66,7 @@ def _category(result: CategoryEvaluation, detector: Detector, root: Path) -> Cat
 def _image(sample: Sample, prediction: Prediction, root: Path) -> ReportImage:
     label = int(sample.label == 1)
     return ReportImage(
-        path=os.path.relpath(sample.path, root),
+        path=_short(sample.path, root),
         label=label,
         defect=sample.defect or ("defect" if label else "good"),
         score=prediction.score if prediction.score is not None else float("nan"),
@@ -74,6 +74,11 @@ def _image(sample: Sample, prediction: Prediction, root: Path) -> ReportImage:
         verdict=prediction.verdict,
         has_mask=sample.mask is not None,
     )
+
+
+def _short(path: Path, root: Path) -> str:
+    """Return the path below the data set's folder, or whole where it lies elsewhere."""
+    return str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
 
 
 def _with_pictures(
@@ -122,7 +127,7 @@ def _provenance(
 
 
 def _notes(evaluation: Evaluation, detector: Detector) -> list[str]:
-    notes = [line for line in detector.describe() if line.split(":")[0] in evaluation.categories]
+    notes = describe(detector, evaluation.categories)
     unread = len(evaluation.errors)
     if unread:
         notes.append(f"{unread} images could not be read and count for nothing.")

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from anomalyst.data.images import content_hash, read_image
+import numpy as np
+
+from anomalyst.data.images import display_name, read_file, read_image
 from anomalyst.data.transforms import Preprocess
 from anomalyst.errors import InputError
 from anomalyst.types import ByteArray, FloatArray, Sample
@@ -22,12 +24,13 @@ ImageSource = Sample | Path | str | bytes | ByteArray
 class Item:
     """One source, read: its preprocessed ``tensor`` ``[3, h, w]`` or, if it is bad, its ``error``.
 
-    ``size`` is the original (height, width) in pixels.
+    ``size`` is the original (height, width) in pixels, ``sha256`` the hash of the very bytes (or,
+    of an array, the shape and pixels) that the tensor was made from.
     """
 
     name: str
-    source: ImageSource
     category: str | None
+    sha256: str = ""
     tensor: FloatArray | None = None
     size: tuple[int, int] = (0, 0)
     pixels: ByteArray | None = None
@@ -39,25 +42,19 @@ def read_item(
 ) -> Item:
     """Read one image: bytes taken from the disk once, decoded once, preprocessed."""
     category = source.category if isinstance(source, Sample) else None
+    place = source.path if isinstance(source, Sample) else source
     try:
-        path = source.path if isinstance(source, Sample) else source
-        pixels = read_image(path)
+        if isinstance(place, np.ndarray):
+            pixels, content = read_image(place), repr(place.shape).encode() + place.tobytes()
+        else:
+            content = place if isinstance(place, bytes) else read_file(place)
+            pixels = read_image(content, name if place is content else display_name(place))
         tensor = preprocess(pixels)
     except InputError as error:
-        return Item(name, source, category, error=str(error))
+        return Item(name, category, error=str(error))
+    digest = hashlib.sha256(content).hexdigest()
     kept = pixels if keep_pixels else None
-    return Item(name, source, category, tensor, (pixels.shape[0], pixels.shape[1]), kept)
-
-
-def source_hash(source: ImageSource) -> str:
-    """Return the SHA-256 of a file's bytes, or of an array's shape and pixels."""
-    if isinstance(source, Sample):
-        return content_hash(source.path)
-    if isinstance(source, (str, Path)):
-        return content_hash(Path(source))
-    if isinstance(source, bytes):
-        return hashlib.sha256(source).hexdigest()
-    return hashlib.sha256(repr(source.shape).encode() + source.tobytes()).hexdigest()
+    return Item(name, category, digest, tensor, (pixels.shape[0], pixels.shape[1]), kept)
 
 
 def source_name(source: ImageSource, number: int) -> str:

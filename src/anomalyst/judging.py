@@ -54,7 +54,12 @@ def _judge(detector: Detector, items: Sequence[Item], category: str | None) -> l
             box = detector.engine.preprocess.box(*items[k].size)
             score_map = ScoreMap(values, items[k].size, sigma, box)
             plain = Prediction(
-                items[k].name, name, score, score_map=score_map, pixels=items[k].pixels
+                items[k].name,
+                name,
+                score,
+                score_map=score_map,
+                sha256=items[k].sha256,
+                pixels=items[k].pixels,
             )
             found[k] = _decide(detector, plain, score_map, score)
     return [found[k] for k in range(len(items))]

@@ -21,7 +21,6 @@ from anomalyst.engine import Engine, pick_device
 from anomalyst.errors import InputError
 from anomalyst.features.cache import FeatureCache
 from anomalyst.features.extractor import Backbone
-from anomalyst.methods.base import make_options
 from anomalyst.scoring import Calibration, Decision
 
 
@@ -48,6 +47,7 @@ def _describe(detector: Detector) -> Manifest:
             references=references,
             calibration_scores=list(calibration.scores),
             calibration_maxima=list(calibration.maxima),
+            calibration_sha256=list(calibration.images),
         )
     return Manifest(
         method=detector.spec.name,
@@ -85,9 +85,13 @@ def load_detector(
         raise InputError(
             f"{path}: the backbone's weights are not those that the bundle was made on"
         )
+    preprocess = Preprocess.from_dict(manifest.preprocess)
     detector = Detector(
         manifest.method,
         backbone=record.id,
+        image_size=preprocess.image_size,
+        square=preprocess.square,
+        resize=preprocess.resize,
         layers=record.layers,
         options=manifest.options,
         decision=decision or Decision(manifest.alpha, manifest.alpha_review),
@@ -96,11 +100,13 @@ def load_detector(
         offline=True,
         feature_cache=cache,
     )
-    kind = detector.spec.load()
-    method = kind(
-        make_options(kind, manifest.options), backbone.spec, backbone.layers, manifest.seed
-    )
-    method.load_tensors(parts["method"])
-    engine = Engine(backbone, Preprocess.from_dict(manifest.preprocess), target, cache)
-    detector.restore(engine, method, parts["retrieval"], manifest)
+    detector.restore(Engine(backbone, preprocess, target, cache), parts)
+    detector.setting, detector.shots = manifest.setting, manifest.shots
+    detector.seconds = manifest.seconds
+    for name, known in manifest.categories.items():
+        detector.references[name] = known.references
+        if known.calibration_scores:
+            detector.calibration[name] = Calibration.of(
+                known.calibration_scores, known.calibration_maxima, known.calibration_sha256
+            )
     return detector

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from anomalyst.bundle import replace_file
 from anomalyst.errors import InputError
+from anomalyst.files import replace_file
 from anomalyst.types import Prediction
 
 if TYPE_CHECKING:
@@ -58,11 +58,12 @@ def write_predictions(
     *,
     category: str | None = None,
     choice: OutputChoice | None = None,
-) -> Iterator[Prediction]:
-    """Predict, write every result as it comes, and pass each prediction on.
+) -> Iterator[dict[str, object]]:
+    """Predict, write every result as it comes, and pass each record on.
 
     Lines go to ``predictions.jsonl.partial``, which takes its final name when all are done; what a
-    stopped run has finished stays readable there. An earlier result is replaced only then.
+    stopped run has finished stays readable there. An earlier ``predictions.jsonl`` is replaced
+    only then.
 
     Raises
     ------
@@ -74,12 +75,13 @@ def write_predictions(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         partial = folder / f"{FILE}.partial"
-        with partial.open("w", encoding="utf-8") as lines:
+        # A file name may hold bytes that are no text: they are written as escapes.
+        with partial.open("w", encoding="utf-8", errors="backslashreplace") as lines:
             for number, prediction in enumerate(found):
                 record = _write_one(detector, prediction, folder, number, wanted)
                 lines.write(json.dumps(record, ensure_ascii=False) + "\n")
                 lines.flush()
-                yield prediction
+                yield record
         partial.replace(folder / FILE)
     except OSError as error:
         raise InputError(
@@ -93,7 +95,9 @@ def _write_one(
 ) -> dict[str, object]:
     if prediction.error is not None or not (wanted.maps or wanted.overlays):
         return to_record(prediction)
-    name = f"{number:06d}-{Path(prediction.image).stem}"
+    # Numbered, so that it may be cut: 255 bytes is the most that a file name can have.
+    stem = Path(prediction.image).stem.encode("utf-8", "replace")[:160].decode("utf-8", "ignore")
+    name = f"{number:06d}-{stem}"
     map_file = f"maps/{name}.npy" if wanted.maps else None
     overlay = f"overlays/{name}.png" if wanted.overlays else None
     if map_file is not None and prediction.map is not None:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from anomalyst.bundle import replace_file
+from anomalyst.files import replace_file
 from anomalyst.metrics import ImageResult, PixelResult, binary_metrics
 from anomalyst.overlay import REGION_COLOUR, TRUTH_COLOUR, colour_bar, heat_overlay
 from anomalyst.report_figures import curve_plot, score_histogram

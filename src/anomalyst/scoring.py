@@ -122,6 +122,11 @@ class Decision:
     def __post_init__(self) -> None:
         check_level(self.alpha)
         check_level(self.alpha_review)
+        if self.alpha_review < self.alpha:
+            raise InputError(
+                f"alpha_review {self.alpha_review} is under alpha {self.alpha}: nothing could be "
+                "sent to review; give at least as much"
+            )
 
     def verdict(self, p_value: float) -> Verdict:
         """Return ``ng`` at or under ``alpha``, ``review`` at or under ``alpha_review``."""
@@ -143,15 +148,20 @@ class Calibration:
         Image scores of the held-out normal images, ascending.
     maxima
         Maximum of each such image's smoothed map at its original size, ascending.
+    images
+        SHA-256 of those images, so that no test counts them.
     """
 
     scores: tuple[float, ...]
     maxima: tuple[float, ...]
+    images: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, scores: Iterable[float], maxima: Iterable[float]) -> Calibration:
+    def of(
+        cls, scores: Iterable[float], maxima: Iterable[float], images: Iterable[str] = ()
+    ) -> Calibration:
         """Return the calibration of these scores, in any order."""
-        return cls(tuple(sorted(scores)), tuple(sorted(maxima)))
+        return cls(tuple(sorted(scores)), tuple(sorted(maxima)), tuple(sorted(images)))
 
     @property
     def count(self) -> int:
@@ -170,6 +180,11 @@ class Calibration:
     def threshold(self, alpha: float) -> float | None:
         """Return the score above which ``p_value <= alpha``; None where ``supports`` is False."""
         return _conformal_quantile(self.scores, alpha)
+
+    @property
+    def smallest_level(self) -> float:
+        """The smallest false-reject rate that so many images support, rounded up."""
+        return ceil(10_000 / (self.count + 1)) / 10_000
 
     def pixel_threshold(self, decision: Decision) -> float | None:
         """Return the map value above which a pixel belongs to a region.

@@ -58,6 +58,8 @@ def _detector_value(key: str, value: str) -> bool | int | list[int]:
         numbers = [int(part) for part in value.split(",")]
     except ValueError:
         raise InputError(f"--set {key}={value}: give whole numbers, such as {key}=8") from None
+    if key == "resize" and len(numbers) != 1:
+        raise InputError(f"--set resize={value}: give one number, the short side in pixels")
     return numbers if key == "layers" else numbers[0]
 
 

@@ -114,6 +114,8 @@ class Prediction:
         Areas above the pixel threshold, largest score first; empty when not calibrated.
     error
         One line when the image could not be judged; every other field is then empty.
+    sha256
+        Hash of the bytes that were judged.
     pixels
         The decoded image, uint8 ``[H, W, 3]``, where the caller asked to keep it.
     """
@@ -128,6 +130,7 @@ class Prediction:
     regions: tuple[Region, ...] = ()
     score_map: ScoreMap | None = field(default=None, repr=False, compare=False)
     error: str | None = None
+    sha256: str = field(default="", repr=False)
     pixels: ByteArray | None = field(default=None, repr=False, compare=False)
 
     @cached_property

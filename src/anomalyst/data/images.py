@@ -77,11 +77,14 @@ _UPRIGHT: dict[object, Image.Transpose] = {
 _WARNING_LOCK = threading.Lock()
 
 
-def read_image(source: str | Path | bytes | npt.NDArray[np.generic] | Image.Image) -> ByteArray:
+def read_image(
+    source: str | Path | bytes | npt.NDArray[np.generic] | Image.Image, name: str | None = None
+) -> ByteArray:
     """Return RGB pixels, uint8 ``[H, W, 3]``, contiguous, possibly read-only.
 
     A file's bytes may be given instead of its path, or an array ``[H, W]``, ``[H, W, 3]`` or
     ``[H, W, 4]`` of uint8 or uint16, which follows the rules of this module for alpha and depth.
+    Errors call the image ``name``; by default its path.
 
     Raises
     ------
@@ -91,8 +94,14 @@ def read_image(source: str | Path | bytes | npt.NDArray[np.generic] | Image.Imag
     """
     if isinstance(source, np.ndarray):
         return _array_to_rgb(source)
-    name = display_name(source)
-    return _to_rgb(_decode(source, name), name)
+    shown = name or display_name(source)
+    return _to_rgb(_decode(source, shown), shown)
+
+
+def read_file(path: str | Path) -> bytes:
+    """Return a file's content; whatever stands in the way is an `InputError` that names it."""
+    with _open_file(path, display_name(path)) as file:
+        return file.read()
 
 
 def read_mask(

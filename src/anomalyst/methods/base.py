@@ -95,7 +95,7 @@ class Method(ABC):
         """The enrolled categories, in order of enrolment."""
 
     def reference_views(self, images: Tensor) -> Iterable[Tensor]:
-        """Yield the views ``[B, 3, H, W]`` of preprocessed reference images that are enrolled."""
+        """Yield the views ``[B, 3, H, W]`` of references to enroll, first the images themselves."""
         yield images
 
     @property

@@ -1,0 +1,113 @@
+"""What a detector can promise, and what it must refuse, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from anomalyst.data.layouts import Dataset, hold_out
+from anomalyst.detector import Detector
+from anomalyst.errors import InputError, unknown
+from anomalyst.scoring import normals_needed
+from anomalyst.types import Sample
+
+
+def state(detector: Detector) -> list[dict[str, Any]]:
+    """Return one row a category: its references, and what its calibration supports."""
+    rows = []
+    for name, references in detector.references.items():
+        calibration = detector.calibration.get(name)
+        rows.append(
+            {
+                "category": name,
+                "references": len(references),
+                "calibrated_on": calibration.count if calibration else 0,
+                "smallest_alpha": calibration.smallest_level if calibration else None,
+                "alpha": detector.decision.alpha,
+            }
+        )
+    return rows
+
+
+def describe(detector: Detector, categories: Iterable[str] | None = None) -> list[str]:
+    """Return `state` in sentences, one a category."""
+    lines = []
+    for row in state(detector):
+        name, count, alpha = row["category"], row["calibrated_on"], row["alpha"]
+        if categories is not None and name not in categories:
+            continue
+        if count == 0:
+            promise = "not calibrated: scores, but no verdicts"
+        elif count >= normals_needed(alpha):
+            promise = f"calibrated on {count}: at most {alpha:.2%} of good parts NG"
+        else:
+            promise = (
+                f"calibrated on {count}: NG at {alpha:g} needs {normals_needed(alpha)}, "
+                f"the least here is --alpha {row['smallest_alpha']:.4f}"
+            )
+        lines.append(f"{name}: {row['references']} references, {promise}")
+    return lines
+
+
+def require_levels(
+    detector: Detector, levels: Iterable[float | None], categories: Iterable[str]
+) -> None:
+    """Raise unless those categories are calibrated well enough to promise every level asked for."""
+    counts = {row["category"]: row["calibrated_on"] for row in state(detector)}
+    for category in categories:
+        for level in levels:
+            if level is not None:
+                _require(level, category, counts.get(category, 0))
+
+
+def require_held_out(
+    samples: Sequence[Sample], share: float, levels: Iterable[float | None]
+) -> None:
+    """Raise before any work if the share to hold out cannot support every level asked for."""
+    _, held_out = hold_out(samples, share)
+    for category in dict.fromkeys(sample.category for sample in samples):
+        count = sum(sample.category == category for sample in held_out)
+        for level in levels:
+            if level is not None:
+                _require(level, category or "", count)
+
+
+def _require(alpha: float, category: str, count: int) -> None:
+    if count < normals_needed(alpha):
+        raise InputError(
+            f"category {category!r}: alpha {alpha:g} needs at least {normals_needed(alpha)} "
+            f"held-out normal images, it has {count}; give more with `anomalyst calibrate BUNDLE "
+            "DATA` or ask for a larger alpha"
+        )
+
+
+def belonging(
+    detector: Detector,
+    data: Dataset,
+    samples: Sequence[Sample],
+    wanted: Sequence[str] | None = None,
+) -> list[Sample]:
+    """Return those samples of a data set that belong to the detector's (or ``wanted``) categories.
+
+    A plain folder names no product: its images stand for the only category that they can be of.
+
+    Raises
+    ------
+    InputError
+        A wanted category was not enrolled, or no sample belongs to any.
+    """
+    names = list(wanted or detector.categories)
+    for name in names:
+        if name not in detector.references:
+            raise unknown("category", name, detector.references)
+    nameless = wanted is not None or data.layout == "folder"
+    if nameless and len(data.categories) == 1 and len(names) == 1:
+        samples = [replace(sample, category=names[0]) for sample in samples]
+    found = [sample for sample in samples if sample.category in names]
+    if not found:
+        raise InputError(
+            f"{data.root}: no such images of {', '.join(names)}; its categories are "
+            f"{', '.join(data.categories) or 'none'} (name one with --category)"
+        )
+    return found
