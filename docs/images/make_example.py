@@ -34,9 +34,10 @@ def main() -> None:
 
 def write_cells(folder: Path) -> None:
     """Copy monocrystalline cells from all over the list: `good` and `defective`."""
-    cells = solar_cells(shots=1).only(["mono"])
+    data, others = solar_cells(shots=1)
+    cells = [s for s in (*data.train, *data.test, *others) if s.category == "mono"]
     for label, (name, count) in enumerate([("good", GOOD), ("defective", DEFECTIVE)]):
-        found = sorted(s.path for s in (*cells.train, *cells.test) if s.label == label)
+        found = sorted(s.path for s in cells if s.label == label)
         (folder / name).mkdir(parents=True, exist_ok=True)
         for k in range(count):
             shutil.copy(found[k * len(found) // count], folder / name)

@@ -86,6 +86,12 @@ class Backbone(nn.Module):
         """Pixels between grid points of the first tapped layer."""
         return self.spec.strides[self.layers[0]]
 
+    @property
+    def identity(self) -> str:
+        """What fixes the features beside the tensors: two networks may share their weights."""
+        spec = self.spec
+        return f"{spec.library}:{spec.architecture} norm={spec.final_norm} layers={self.layers}"
+
     @cached_property
     def weights_sha256(self) -> str:
         """SHA-256 over names, types, shapes and bytes of `state`."""
