@@ -30,7 +30,7 @@ def main() -> None:
     options = parser.parse_args()
     train: list[Sample] = []
     test: list[Sample] = []
-    for data in [*map(load_dataset, options.data), solar_cells(options.shots)]:
+    for data in [*map(load_dataset, options.data), solar_cells(options.shots)[0]]:
         train += few_shot(data.train, options.shots, 0)
         test += data.test[:: options.every]
     detector = Detector(

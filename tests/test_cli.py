@@ -283,6 +283,7 @@ def test_our_faults_exit_1_and_debug_shows_them(run: Run, monkeypatch: pytest.Mo
         cli.main()
 
 
+@pytest.mark.slow
 def test_predict_prints_json_lines_also_beside_a_bar(fit, parts: Path, tmp_path: Path) -> None:
     """stderr is a terminal, stdout a pipe: results must still reach the pipe."""
     pty = pytest.importorskip("pty")
