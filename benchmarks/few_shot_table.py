@@ -14,10 +14,9 @@ import sys
 import time
 from pathlib import Path
 
-from anomalyst.features.cache import FeatureCache
-
 from anomalyst import Detector, evaluate, load_dataset
 from anomalyst.evaluation import METRICS
+from anomalyst.features.cache import FeatureCache
 from anomalyst.settings import detector_settings
 
 

@@ -8,9 +8,9 @@ from math import pi
 import numpy as np
 import pytest
 import torch
-from anomalyst.features.backbones import find_backbone
 from scipy import ndimage
 
+from anomalyst.features.backbones import find_backbone
 from anomalyst.methods.anomaly_dino import AnomalyDINO, foreground, rotate
 from anomalyst.methods.base import make_options
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 import torch
-from anomalyst.features.backbones import find_backbone
 
 from anomalyst.errors import InputError
+from anomalyst.features.backbones import find_backbone
 from anomalyst.methods.base import make_options
 from anomalyst.methods.patchcore import PatchCore
 
