@@ -220,14 +220,20 @@ def test_stages_match_features_only(name: str, tmp_path: Path) -> None:
 
 
 def test_networks_with_constants_of_their_own_come_whole() -> None:
-    model = random_model("test_vit_relpos", num_classes=0)
-    layers, images = (2, 0), random_images(1, 3, 160, 160)
-    backbone = Backbone.from_state("timm:test_vit_relpos", layers, model.state_dict())
+    """Its blur kernels are computed at the start and lie in no weights file."""
+    model = random_model("resnetblur18", num_classes=0)
+    layers, images = (2, 0), random_images(1, 3, 64, 96)
+    backbone = Backbone.from_state("timm:resnetblur18", layers, model.state_dict())
     with torch.no_grad():
         expected = model.forward_intermediates(images, indices=[0, 2], intermediates_only=True)  # type: ignore[operator]
     torch.testing.assert_close(backbone(images)[0], expected[1])
-    with pytest.raises(InputError, match="takes 160x160 only"):
-        backbone(random_images(1, 3, 80, 160))
+
+
+@pytest.mark.parametrize("name", ["test_maxvit", "test_coatnet", "test_vit_relpos"])
+def test_networks_of_one_image_size_are_refused(name: str) -> None:
+    with pytest.raises(InputError, match=r"exactly 160x160 only; .*another") as got:
+        find_backbone(f"timm:{name}")
+    assert f"timm:{name}" in str(got.value) and "\n" not in str(got.value)
 
 
 def test_position_table_stretches_along_the_right_axis_once_a_grid(
@@ -315,6 +321,19 @@ def test_hash_knows_every_bit_and_name(file: str) -> None:
     assert other.weights_sha256 != backbone.weights_sha256
     swapped = {**state, "norm_a": state["cls_token"]}
     assert Backbone.from_state("timm:test_vit", [1], swapped).state().keys() == state.keys()
+
+
+def test_identity_knows_what_the_tensors_do_not(file: str) -> None:
+    """The two MobileNets share every tensor and pad differently."""
+    state = random_model("mobilenetv3_small_100", num_classes=0).state_dict()
+    names = ("timm:mobilenetv3_small_100", "timm:tf_mobilenetv3_small_100")
+    one, other = (Backbone.from_state(name, [1], state) for name in names)
+    images = random_images(1, 3, 64, 64)
+    assert one.weights_sha256 == other.weights_sha256
+    assert not torch.allclose(one(images)[0], other(images)[0])
+    assert one.identity != other.identity
+    tiny = [Backbone.load("timm:test_vit", taps, weights=file) for taps in ([1], [1], [0, 1])]
+    assert tiny[0].identity == tiny[1].identity != tiny[2].identity
 
 
 def test_frozen_and_silent(file: str) -> None:

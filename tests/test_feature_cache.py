@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 
 from anomalyst.errors import InputError
 from anomalyst.features.cache import FeatureCache
+from anomalyst.files import replace_file
 
 
 def maps(seed: int, scale: float = 1.0) -> list[np.ndarray]:
@@ -161,21 +162,94 @@ def test_an_entry_larger_than_the_bound_is_not_kept(tmp_path: Path) -> None:
     assert stored.dtype == np.float16 and files(tmp_path) == []
 
 
-def test_abandoned_partial_files_are_swept(tmp_path: Path) -> None:
+def test_abandoned_partial_files_are_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "ab"
     folder.mkdir()
-    old, new = folder / ".old.partial", folder / ".new.partial"
-    old.touch()
+    abandon(folder / "x", monkeypatch)
+    (old,) = files(tmp_path)
+    new = folder / ".12-34.partial"
     new.touch()
     os.utime(old, (time.time() - 7200,) * 2)
     FeatureCache(tmp_path).put(key(0), maps(0))
     assert not old.exists() and new.exists()
 
 
+def abandon(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Begin to write a file as `replace_file` does, and be killed."""
+    with monkeypatch.context() as patch:
+        patch.setattr("anomalyst.files.os.replace", lambda *_: None)
+        patch.setattr(Path, "unlink", lambda *_, **__: None)
+        replace_file(path, b"part")
+
+
+def test_other_peoples_files_are_left_alone(tmp_path: Path) -> None:
+    others = [
+        tmp_path / "work" / "thesis.txt",
+        tmp_path / "work" / "model.safetensors",
+        tmp_path / "ab" / "model.safetensors",
+        tmp_path / "ab" / ".notes.partial",
+    ]
+    for path in others:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(bytes(10_000))
+        os.utime(path, (1000, 1000))
+    cache = FeatureCache(tmp_path, max_bytes=2_000)
+    for seed in range(20):
+        cache.put(key(seed), maps(seed))
+    assert all(path.exists() for path in others)
+    assert len(files(tmp_path)) > len(others)
+
+
 def test_a_folder_that_cannot_be_is_named(tmp_path: Path) -> None:
     (tmp_path / "plug").touch()
     with pytest.raises(InputError, match="plug: cannot keep features there"):
         FeatureCache(tmp_path / "plug")
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    cache = FeatureCache(tmp_path)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        with pytest.raises(InputError, match="cannot keep features there") as caught:
+            cache.put(key(0), maps(0))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "\n" not in str(caught.value)
+    assert files(tmp_path) == []
+
+
+def test_mapped_files_may_be_immovable_as_on_windows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There, a file that somebody has mapped can be neither replaced nor removed."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "in use")
+
+    cache = FeatureCache(tmp_path, max_bytes=2_000)
+    first = cache.put(key(0), maps(0))
+    (path,) = files(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("anomalyst.features.cache.replace_file", refuse)
+        again = cache.put(key(0), maps(0))
+        assert np.array_equal(first[0], again[0])
+        with pytest.raises(InputError, match="in use"):
+            cache.put(key(1), maps(1))
+    unlink = Path.unlink
+
+    def unlink_others(self: Path, missing_ok: bool = False) -> None:
+        if self == path:
+            refuse()
+        unlink(self, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", unlink_others)
+    for seed in range(1, 20):
+        cache.put(key(seed), maps(seed))
+    assert path.exists() and sum(p.stat().st_size for p in files(tmp_path)) <= 2_000 * 17 / 16
+    path.write_bytes(b"")
+    assert cache.get(key(0)) is None
 
 
 # ---- several processes --------------------------------------------------------------------------

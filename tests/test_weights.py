@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import stat
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -193,10 +195,57 @@ def test_dinov2s_own_files_with_registers(tmp_path: Path) -> None:
     place = torch.rand(1, 1, 384, generator=random)
     own = {**state, "mask_token": torch.zeros(1, 384), "register_tokens": state.pop("reg_token")}
     own["pos_embed"] = torch.cat([place, own["pos_embed"]], dim=1)
-    found = tower.choose(own, "test")
+    found = tower.choose(own)
     torch.testing.assert_close(found["cls_token"], own["cls_token"] + place)
     assert torch.equal(found["pos_embed"], own["pos_embed"][:, 1:])
     assert torch.equal(found["reg_token"], own["register_tokens"])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"hello world\n",
+        b"a",
+        b"I am text\n",
+        b"PK\x03\x04abc",
+        b"}",
+        b"\x80\x02}q\x00.",
+        b"\x80\x09}.",
+    ],
+    ids=repr,
+)
+def test_no_file_gets_through_torchs_own_complaints(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "text.pth"
+    path.write_bytes(content)
+    with warnings.catch_warnings(), pytest.raises(InputError) as caught:
+        warnings.simplefilter("error")
+        add(path, TINY)
+    assert str(caught.value) == (
+        f"{path}: not a checkpoint of plain tensors, or not whole; "
+        "copy it again, or save the model's state_dict() alone"
+    )
+
+
+def test_torch_warns_nobody_about_a_checkpoint(tensors: dict[str, Tensor], tmp_path: Path) -> None:
+    torch.save(tensors, tmp_path / "w.pth", pickle_protocol=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        add(tmp_path / "w.pth", TINY)
+    assert store_path(TINY).is_file()
+
+
+def test_a_file_of_another_backbone_names_the_mend(file: Path, tmp_path: Path) -> None:
+    packed = pack_copy(file, tmp_path)
+    with pytest.raises(
+        InputError, match=rf"not weights of .*is missing.*; it is of {TINY}: choose"
+    ):
+        Backbone.load("timm:test_resnet", weights=f"file:{packed}")
+    with pytest.raises(InputError, match=r"is missing.*; give weights of test_resnet$"):
+        Backbone.load("timm:test_resnet", weights=f"file:{file}")
+    registers = {"register_tokens": torch.zeros(1, 4, 64)}
+    save_file(registers, tmp_path / "registers.safetensors")
+    with pytest.raises(InputError, match=r"is missing.*; give weights of test_vit$"):
+        Backbone.load(TINY, weights=f"file:{tmp_path}/registers.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -256,7 +305,8 @@ def test_packed_here_added_there(
     row = next(row for row in list_weights() if row["id"] == TINY)
     assert row["available"] and row["source"] == "store" and row["sha256"] == said["sha256"]
     assert row["bytes"] == store_path(TINY).stat().st_size
-    assert stat.S_IMODE(packed.stat().st_mode) == stat.S_IMODE(file.stat().st_mode)
+    (tmp_path / "plain").touch()
+    assert stat.S_IMODE(packed.stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
     backbone = Backbone.load(TINY, [5])
     assert torch.equal(backbone.state()["norm.weight"], tensors["norm.weight"])
     assert not list((tmp_path / "elsewhere").rglob(".*"))
@@ -288,6 +338,19 @@ def test_what_add_and_pack_refuse(file: Path, tmp_path: Path) -> None:
 def pack_copy(file: Path, folder: Path) -> Path:
     add(file, TINY)
     return pack(TINY, folder / "packed.safetensors")
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(file: Path, tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(InputError, match="cannot be written") as caught:
+            add(file, TINY)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "\n" not in str(caught.value)
+    assert os.listdir(store_path(TINY).parent) == []
 
 
 def test_overwriting_a_file_changes_no_running_backbone(file: Path) -> None:

@@ -14,6 +14,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from random import Random
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -33,14 +34,20 @@ def main() -> None:
 
 
 def write_cells(folder: Path) -> None:
-    """Copy monocrystalline cells from all over the list: `good` and `defective`."""
+    """Copy monocrystalline cells from all over the list: `good` and `defective`.
+
+    Neighbouring files show the same solar module, and `fit` holds out the last by name: numbers in
+    shuffled order see to it that both halves show all modules.
+    """
     data, others = solar_cells(shots=1)
     cells = [s for s in (*data.train, *data.test, *others) if s.category == "mono"]
     for label, (name, count) in enumerate([("good", GOOD), ("defective", DEFECTIVE)]):
         found = sorted(s.path for s in cells if s.label == label)
+        chosen = [found[k * len(found) // count] for k in range(count)]
+        Random(0).shuffle(chosen)
         (folder / name).mkdir(parents=True, exist_ok=True)
-        for k in range(count):
-            shutil.copy(found[k * len(found) // count], folder / name)
+        for k, path in enumerate(chosen):
+            shutil.copy(path, folder / name / f"{k:03d}-{path.name}")
 
 
 def judge(folder: Path) -> tuple[Detector, list[Prediction]]:

@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
+from anomalyst.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from anomalyst.errors import InputError, unknown
 
 Triple = tuple[float, float, float]
-IMAGENET: tuple[Triple, Triple] = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 OPENAI_CLIP: tuple[Triple, Triple] = (
     (0.48145466, 0.4578275, 0.40821073),
     (0.26862954, 0.26130258, 0.27577711),
@@ -102,8 +102,8 @@ def _dinov2(size: str, depth: int, width: int, registers: bool) -> BackboneSpec:
         # Two thirds deep, as the packaged one: later blocks see objects, not their surface.
         default_taps=(depth * 2 // 3 - 1,),
         image_size=280,
-        mean=IMAGENET[0],
-        std=IMAGENET[1],
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
         transformer=True,
         final_norm=True,
         licence="Apache-2.0",
@@ -144,8 +144,8 @@ def _network(
         widths=widths,
         default_taps=taps,
         image_size=224,
-        mean=IMAGENET[0],
-        std=IMAGENET[1],
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
         transformer=False,
         final_norm=False,
         licence=licence,
@@ -241,7 +241,7 @@ def find_backbone(name: str) -> BackboneSpec:
     Raises
     ------
     InputError
-        There is no such backbone; the nearest that is gets named.
+        There is no such backbone (the nearest that is gets named), or it cannot be used here.
     """
     name = resolve_id(name)
     if name in REGISTRY:

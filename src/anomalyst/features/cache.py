@@ -1,7 +1,6 @@
 """Frozen features on disk: memory-mapped, half precision, bounded, safe between processes.
 
-One safetensors file an entry, so that any tool can look inside. A file is written whole under
-another name and then renamed; its checksum is in its header.
+One safetensors file an entry, so that any tool can look inside; its checksum is in its header.
 """
 
 from __future__ import annotations
@@ -9,24 +8,28 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import time
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 import numpy.typing as npt
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from anomalyst.errors import InputError
+from anomalyst.files import replace_file
 
 FeatureArray = npt.NDArray[np.float16] | npt.NDArray[np.float32]
 
 _TYPES: dict[str, np.dtype[Any]] = {"F16": np.dtype("<f2"), "F32": np.dtype("<f4")}
 _HEADER_BYTES = 8
 _ABANDONED_SECONDS = 3600.0
+# Nothing else is ever removed: the folder that the user names may hold files of their own.
+_ENTRY = re.compile(r"[0-9a-f]{64}\.safetensors")
+_PARTIAL = re.compile(r"\.\d+-\d+\.partial")
 
 
 class FeatureCache:
@@ -98,7 +101,7 @@ class FeatureCache:
             # Not there, just evicted, or somebody else's: what could be read is good all the same.
             pass
         except (ValueError, KeyError, TypeError):
-            path.unlink(missing_ok=True)
+            _remove(path)
         self.hits += found is not None
         self.misses += found is None
         return found
@@ -129,13 +132,13 @@ class FeatureCache:
 
     def _write(self, path: Path, arrays: Sequence[FeatureArray]) -> None:
         path.parent.mkdir(exist_ok=True)
-        partial = path.with_name(f".{uuid4().hex}.partial")
+        named = {str(tap): array for tap, array in enumerate(arrays)}
         try:
-            named = {str(tap): array for tap, array in enumerate(arrays)}
-            save_file(named, partial, {"crc32": _checksum(arrays)})
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+            replace_file(path, save(named, {"crc32": _checksum(arrays)}))
+        except PermissionError:
+            # Windows replaces no file that is mapped; one of this name holds the same anyway.
+            if not path.exists():
+                raise
 
     def _bound(self, added: int) -> None:
         """Keep the folder under the bound, looking at it only now and then.
@@ -154,23 +157,25 @@ class FeatureCache:
     def _evict(self) -> int:
         """Where the bound is broken, remove the oldest down to nine tenths; return the size."""
         entries = []
-        for path in self.folder.glob("*/*"):
+        for path in self.folder.glob("[0-9a-f][0-9a-f]/*"):
             try:
                 status = path.stat()
             except FileNotFoundError:
                 continue
-            if path.suffix == ".safetensors":
+            if _ENTRY.fullmatch(path.name):
                 entries.append((status.st_mtime_ns, status.st_size, path))
-            elif time.time() - status.st_mtime > _ABANDONED_SECONDS:
-                path.unlink(missing_ok=True)
+            elif (
+                _PARTIAL.fullmatch(path.name) and time.time() - status.st_mtime > _ABANDONED_SECONDS
+            ):
+                _remove(path)
         total = sum(size for _, size, _ in entries)
         if total <= self.max_bytes:
             return total
         for _, size, path in sorted(entries):
             if total <= self.max_bytes * 0.9:
                 break
-            path.unlink(missing_ok=True)
-            total -= size
+            if _remove(path):
+                total -= size
         return total
 
     def _unwritable(self, error: OSError) -> InputError:
@@ -178,6 +183,15 @@ class FeatureCache:
             f"{self.folder}: cannot keep features there ({error.strerror or error}); "
             "give another folder, or none"
         )
+
+
+def _remove(path: Path) -> bool:
+    """Remove a file, and say whether it is gone: Windows keeps one that somebody has mapped."""
+    try:
+        path.unlink(missing_ok=True)
+    except PermissionError:
+        return False
+    return True
 
 
 def _halve(array: npt.NDArray[Any]) -> FeatureArray:

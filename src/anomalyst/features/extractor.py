@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from anomalyst.errors import InputError
 from anomalyst.features.backbones import BackboneSpec, find_backbone
 from anomalyst.features.libraries import make_tower
-from anomalyst.features.weights import read_weights, tensors_sha256
+from anomalyst.features.weights import choose_tensors, read_weights, tensors_sha256
 
 
 class Backbone(nn.Module):
@@ -39,7 +39,7 @@ class Backbone(nn.Module):
         self.spec = spec
         self.layers = spec.check_layers(layers)
         self.tower = make_tower(spec, self.layers)
-        self.tower.adopt(self.tower.choose(tensors, f"{origin}: not weights of {spec.id}"))
+        self.tower.adopt(choose_tensors(spec, self.tower, tensors, origin))
         self._multiple = max(spec.strides[layer] for layer in self.layers)
         self.requires_grad_(False)
         self.eval()

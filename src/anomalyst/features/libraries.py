@@ -31,9 +31,7 @@ def make_tower(spec: BackboneSpec, layers: Sequence[int]) -> Tower:
     model.prune_intermediate_layers([last], prune_norm=not norm, prune_head=True)
     if _is_plain(model):
         return TimmTokens(model, layers, norm)
-    config = model.pretrained_cfg
-    fixed = config["fixed_input_size"] and not getattr(model, "dynamic_img_size", False)
-    return StageTower(model, layers, only=config["input_size"][1:] if fixed else None)
+    return StageTower(model, layers)
 
 
 def _make_timm(name: str) -> Any:
@@ -93,6 +91,13 @@ def describe_timm(id: str) -> BackboneSpec:
     if not hasattr(model, "forward_intermediates") or not hasattr(model, "feature_info"):
         raise InputError(f"backbone {id!r}: timm offers no intermediate features of it")
     config = model.pretrained_cfg
+    plain = _is_plain(model)
+    if config["fixed_input_size"] and not plain and not getattr(model, "dynamic_img_size", False):
+        height, width = config["input_size"][1:]
+        raise InputError(
+            f"backbone {id!r}: takes images of exactly {height}x{width} only; "
+            "anomalyst keeps proportions: choose another backbone"
+        )
     strides = tuple(level["reduction"] for level in model.feature_info)
     depth, transformer = len(strides), len(set(strides)) == 1
     middle = (depth * 2 // 3 - 1,) if transformer else (depth - 3, depth - 2)
@@ -107,7 +112,7 @@ def describe_timm(id: str) -> BackboneSpec:
         mean=config["mean"],
         std=config["std"],
         transformer=transformer,
-        final_norm=_is_plain(model),
+        final_norm=plain,
         licence=config.get("license") or "unknown",
         paper="unknown",
         hub_repo=config.get("hf_hub_id"),

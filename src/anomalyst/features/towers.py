@@ -10,8 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from anomalyst.errors import InputError
-
 _TABLES_KEPT = 16
 
 
@@ -43,23 +41,24 @@ class Tower(nn.Module, ABC):
             if not name.endswith("num_batches_tracked")
         }
 
-    def choose(self, tensors: Mapping[str, Tensor], complaint: str) -> dict[str, Tensor]:
+    def choose(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return from ``tensors`` those that `state` names, as float32 where they are floats.
 
         Raises
         ------
-        InputError
-            One is missing or of another shape; ``complaint`` opens the message.
+        ValueError
+            One is missing or of another shape.
         """
         given = self.translate(tensors)
         chosen = {}
         for name, mine in self.state().items():
             if name not in given:
-                raise InputError(f"{complaint} ({name!r} is missing)")
+                raise ValueError(f"{name!r} is missing")
             found = given[name]
             if found.shape != mine.shape:
-                shapes = f"is {list(found.shape)} and should be {list(mine.shape)}"
-                raise InputError(f"{complaint} ({name!r} {shapes})")
+                raise ValueError(
+                    f"{name!r} is {list(found.shape)} and should be {list(mine.shape)}"
+                )
             chosen[name] = (found.float() if found.is_floating_point() else found).contiguous()
         return chosen
 
@@ -159,7 +158,7 @@ class TimmTokens(TokenTower):
         return placed
 
     def translate(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        if "register_tokens" not in tensors:
+        if not {"register_tokens", "cls_token", "pos_embed"} <= tensors.keys():
             return tensors
         # DINOv2's own files place the CLS token by the table, timm's in the token itself.
         table = tensors["pos_embed"]
@@ -193,23 +192,9 @@ class OpenClipTokens(TokenTower):
 
 
 class StageTower(Tower):
-    """Any other network of timm, through its own ``forward_intermediates``.
-
-    ``only`` is the one size of images, (height, width), that some networks take.
-    """
-
-    def __init__(
-        self, model: nn.Module, layers: Sequence[int], only: tuple[int, int] | None
-    ) -> None:
-        super().__init__(model, layers)
-        self._only = only
+    """Any other network of timm, through its own ``forward_intermediates``."""
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        if self._only is not None and tuple(images.shape[2:]) != self._only:
-            raise InputError(
-                f"images of {images.shape[2]}x{images.shape[3]} pixels: this backbone takes "
-                f"{self._only[0]}x{self._only[1]} only"
-            )
         model: Any = self.model
         ascending = sorted(self.layers)
         maps = model.forward_intermediates(

@@ -10,22 +10,24 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import util
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import TYPE_CHECKING
-from uuid import uuid4
 
 import numpy as np
 
 from anomalyst.errors import InputError
 from anomalyst.features import packaged
 from anomalyst.features.backbones import REGISTRY, BackboneSpec, find_backbone
+from anomalyst.files import replace_file
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from anomalyst.features.towers import Tower
 
 _log = logging.getLogger(__name__)
 _CHECKPOINTS = (".pth", ".pt", ".bin", ".ckpt")
@@ -171,11 +173,17 @@ def _read_checkpoint(path: Path) -> dict[str, Tensor]:
     import torch
 
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        reason = str(error).partition("\n")[0]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
         raise InputError(
-            f"{path}: not a checkpoint of plain tensors ({reason}); save its state_dict() alone"
+            f"{path}: cannot be read ({error.strerror or error}); copy it again"
+        ) from None
+    except Exception:  # torch documents no set: text alone gives KeyError, IndexError and others
+        raise InputError(
+            f"{path}: not a checkpoint of plain tensors, or not whole; "
+            "copy it again, or save the model's state_dict() alone"
         ) from None
     for key in ("state_dict", "model"):
         content = content.get(key, content) if isinstance(content, dict) else content
@@ -303,7 +311,27 @@ def _whole(spec: BackboneSpec, tensors: Mapping[str, Tensor], origin: str) -> di
     """Return the tensors that the architecture has up to its last tap, shapes checked."""
     from anomalyst.features.libraries import make_tower
 
-    return make_tower(spec, (spec.taps - 1,)).choose(tensors, f"{origin}: not weights of {spec.id}")
+    return choose_tensors(spec, make_tower(spec, (spec.taps - 1,)), tensors, origin)
+
+
+def choose_tensors(
+    spec: BackboneSpec, tower: Tower, tensors: Mapping[str, Tensor], origin: str
+) -> dict[str, Tensor]:
+    """Return the tensors that a backbone's tower needs; ``origin`` is their file, or words.
+
+    Raises
+    ------
+    InputError
+        They are another network's.
+    """
+    try:
+        return tower.choose(tensors)
+    except ValueError as error:
+        said = _header(Path(origin)).get("id", spec.id)
+        mend = f"give weights of {spec.architecture}"
+        if said != spec.id:
+            mend = f"it is of {said}: choose that backbone, or {mend}"
+        raise InputError(f"{origin}: not weights of {spec.id} ({error}); {mend}") from None
 
 
 def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
@@ -330,7 +358,7 @@ def _header(path: Path) -> dict[str, str]:
 
 def _write(path: Path, tensors: Mapping[str, Tensor], spec: BackboneSpec, source: str) -> Path:
     """Write the file whole or not at all."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     said = {
         "format": "anomalyst-weights",
@@ -341,12 +369,7 @@ def _write(path: Path, tensors: Mapping[str, Tensor], spec: BackboneSpec, source
     }
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{uuid4().hex}.partial")
-        try:
-            save_file(dict(tensors), partial, said)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        replace_file(path, save(dict(tensors), said))
     except OSError as error:
         raise InputError(
             f"{path}: cannot be written ({error.strerror or error}); choose another place "
