@@ -10,6 +10,7 @@ import pytest
 import torch
 from scipy import ndimage
 
+from anomalyst.errors import InputError
 from anomalyst.features.backbones import find_backbone
 from anomalyst.methods.anomaly_dino import AnomalyDINO, foreground, rotate
 from anomalyst.methods.base import make_options
@@ -100,10 +101,19 @@ def test_foreground_is_the_object_whatever_the_components_sign() -> None:
 
 
 def test_background_patches_score_zero() -> None:
-    method = anomaly_dino({"foreground": True})
+    method = anomaly_dino({"foreground": True, "foreground_threshold": 10})
     maps = 0.1 * random(1, 6, 16, 16)
     maps[0, 0, 4:12, 4:12] += 60
     method.enroll("a", [[random(1, 6, 16, 16, seed=5)]])
     scores, _ = method.score([maps], "a")
     assert (scores[0, :3] == 0).all()
     assert (scores[0, 6:10, 6:10] > 0).all()
+
+
+def test_the_papers_threshold_serves_the_papers_features_only() -> None:
+    """Elsewhere tokens have another length: 10 would call everything background, unnoticed."""
+    options = make_options(AnomalyDINO, {"foreground": True})
+    AnomalyDINO(options, find_backbone("dinov2-small"), (11,), 0)
+    for backbone, layer in (("dinov2-small", 7), ("dinov2-small-packaged", 8)):
+        with pytest.raises(InputError, match="foreground_threshold"):
+            AnomalyDINO(options, find_backbone(backbone), (layer,), 0)

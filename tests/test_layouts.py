@@ -359,7 +359,9 @@ def test_no_known_layout_lists_them_all(tmp_path: Path) -> None:
 
 def test_several_layouts_need_a_choice(tmp_path: Path) -> None:
     plant(tmp_path, "nut/train/good/a.png", "01/train/ok/b.png")
-    assert "could be mvtec or btad; choose with layout=NAME" in refused(tmp_path)
+    assert "could be mvtec or btad; choose with --layout NAME (layout= in Python)" in refused(
+        tmp_path
+    )
     assert load_dataset(tmp_path, layout="btad").categories == ("01",)
     assert load_dataset(tmp_path, layout="mvtec").categories == ("nut",)
     assert "not in the layout visa, which is split_csv" in refused(tmp_path, layout="visa")

@@ -39,16 +39,16 @@ Layout = Annotated[
 ]
 Alpha = Annotated[
     float | None,
-    typer.Option(help="Share of good parts that may be called NG [default: the bundle's, 0.01]."),
+    typer.Option(help="Share of good parts that may be called NG (default: the bundle's, 0.01)."),
 ]
 AlphaReview = Annotated[
     float | None,
-    typer.Option(help="Share of good parts that may be sent to review or NG [default: 0.05]."),
+    typer.Option(help="Share of good parts that may be sent to review or NG (default: 0.05)."),
 ]
-Shots = Annotated[int | None, typer.Option(min=1, help="References a category [default: all].")]
+Shots = Annotated[int | None, typer.Option(min=1, help="References a category (default: all).")]
 Weights = Annotated[str | None, typer.Option(help="file:PATH of the backbone weights.")]
 ImageSize = Annotated[
-    int | None, typer.Option(min=1, help="Short side in pixels [default: the backbone's].")
+    int | None, typer.Option(min=1, help="Short side in pixels (default: the backbone's).")
 ]
 Preset = Annotated[str | None, typer.Option(help="A method's named settings, such as paper.")]
 Settings = Annotated[
@@ -224,7 +224,7 @@ def predict(
     images: Annotated[list[Path], typer.Argument(help="Images, or folders of them.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the results.")],
     category: Annotated[
-        str | None, typer.Option(help="The product on all images [default: found by similarity].")
+        str | None, typer.Option(help="The product on all images (default: found by similarity).")
     ] = None,
     alpha: Alpha = None,
     alpha_review: AlphaReview = None,
@@ -331,7 +331,7 @@ def weights_list(as_json: Json = False) -> None:
 
 @weights_app.command("fetch")
 def weights_fetch(backbone: Annotated[str, typer.Argument(help="A backbone id.")]) -> None:
-    """Download a backbone's weights into the local store."""
+    """Download a backbone's weights into the local hub cache."""
     from anomalyst.features.weights import fetch
 
     print(fetch(backbone))
@@ -352,7 +352,7 @@ def weights_pack(
 def weights_add(
     file: Annotated[Path, typer.Argument(help="A file that `weights pack` wrote, or safetensors.")],
     backbone: Annotated[
-        str | None, typer.Option(help="Its backbone id [default: what the file says].")
+        str | None, typer.Option(help="Its backbone id (default: what the file says).")
     ] = None,
 ) -> None:
     """Put weights from a file into the local store of this machine."""
@@ -460,7 +460,7 @@ def _explain(error: Exception) -> int:
     if isinstance(error, InputError):
         say(f"error: {error}")
         return 2
-    if isinstance(error, ImportError) and error.name:
+    if isinstance(error, ImportError) and error.name and not error.name.startswith("anomalyst"):
         say(f"error: this needs {error.name}; install it with: pip install 'anomalyst[train]'")
         return 2
     say(f"internal error, our fault: {type(error).__name__}: {error} (--debug shows where)")

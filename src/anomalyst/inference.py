@@ -49,9 +49,12 @@ def read_item(
         else:
             content = place if isinstance(place, bytes) else read_file(place)
             pixels = read_image(content, name if place is content else display_name(place))
-        tensor = preprocess(pixels)
     except InputError as error:
         return Item(name, category, error=str(error))
+    try:
+        tensor = preprocess(pixels)
+    except InputError as error:
+        return Item(name, category, error=f"{name}: {error}")
     digest = hashlib.sha256(content).hexdigest()
     kept = pixels if keep_pixels else None
     return Item(name, category, digest, tensor, (pixels.shape[0], pixels.shape[1]), kept)

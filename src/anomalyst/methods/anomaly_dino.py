@@ -26,6 +26,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
+from anomalyst.errors import InputError
 from anomalyst.features.backbones import BackboneSpec
 from anomalyst.methods.base import Method, MethodOptions
 from anomalyst.methods.memory_bank import (
@@ -37,14 +38,19 @@ from anomalyst.methods.memory_bank import (
     top_mean,
 )
 
+_PAPER_THRESHOLD = 10.0
+
 
 class AnomalyDINOOptions(MethodOptions):
     """Options of AnomalyDINO."""
 
     rotations: int = Field(1, ge=1, description="views of each reference, evenly turned")
     foreground: bool = Field(False, description="score background patches 0")
-    foreground_threshold: float = Field(
-        10.0, gt=0, description="first principal component above which a patch is foreground"
+    foreground_threshold: float | None = Field(
+        None,
+        gt=0,
+        description="first principal component above which a patch is foreground; 10 as in the "
+        "paper for the last block after the final norm, other layers need a number of their own",
     )
     tail: float = Field(0.01, gt=0, le=1, description="share of patches that the image score means")
 
@@ -69,6 +75,15 @@ class AnomalyDINO(Method):
     ) -> None:
         super().__init__(options, backbone, layers, seed)
         self._banks = Banks()
+        self._foreground_threshold = self.options.foreground_threshold or _PAPER_THRESHOLD
+        as_in_the_paper = backbone.final_norm and self.layers == (backbone.taps - 1,)
+        threshold_given = self.options.foreground_threshold is not None
+        if self.options.foreground and not threshold_given and not as_in_the_paper:
+            raise InputError(
+                f"option foreground=true of anomaly-dino with layers {list(self.layers)} of "
+                f"{backbone.id} needs foreground_threshold too: the paper's 10 is for the last "
+                "block of a full DINOv2 after its final norm"
+            )
 
     @property
     def categories(self) -> tuple[str, ...]:
@@ -92,7 +107,7 @@ class AnomalyDINO(Method):
         distance, _ = nearest_cosine(functional.normalize(patches, dim=1), self._banks[category])
         maps = to_map(distance, stacked)
         if self.options.foreground:
-            maps = maps * foreground(stacked, self.options.foreground_threshold)
+            maps = maps * foreground(stacked, self._foreground_threshold)
         return maps, top_mean(maps, self.options.tail)
 
     def heat_unit(self, category: str) -> float:
