@@ -276,3 +276,10 @@ def test_a_plain_folder_stands_for_the_only_product(
     assert {sample.category for sample in chosen} == {"down"}
     with pytest.raises(InputError, match="did you mean 'down'"):
         belonging(detector, folder, folder.train, ["dow"])
+
+
+def test_an_image_too_elongated_is_named(detector: Detector, tmp_path: Path) -> None:
+    detector.enroll("plate", [texture(0)])
+    path = save(tmp_path / "strip.png", texture(1, 20, 900))
+    (found,) = detector.predict(path)
+    assert found.error.startswith(str(path)) and "32" in found.error

@@ -191,7 +191,8 @@ def _recognise(root: Path) -> tuple[str, dict[str, Path]]:
         return fits.popitem()
     if fits:
         raise InputError(
-            f"{display_name(root)}: could be {' or '.join(fits)}; choose with --layout NAME (layout= in Python)"
+            f"{display_name(root)}: could be {' or '.join(fits)}; "
+            "choose with --layout NAME (layout= in Python)"
         )
     trees = "; ".join(f"{name}: {layout.tree}" for name, layout in LAYOUTS.items())
     raise InputError(f"{display_name(root)}: no known layout of a data set. Known are {trees}")
