@@ -98,6 +98,9 @@ def test_a_zipped_folder_is_a_bundle_too(tmp_path: Path) -> None:
     write_bundle(tmp_path / "in" / "b", manifest(), PARTS)
     archive = shutil.make_archive(str(tmp_path / "packed"), "zip", tmp_path / "in")
     assert read_bundle(Path(archive))[0].method == "patchcore"
+    assert bundle_hash(Path(archive)) == bundle_hash(tmp_path / "in" / "b")
+    write_bundle(Path(archive), manifest(), {"method": {"screw": np.zeros(2)}})
+    assert list(read_bundle(Path(archive))[1]["method"]) == ["screw"]
 
 
 def test_a_new_state_replaces_the_old_and_leaves_no_litter(tmp_path: Path) -> None:

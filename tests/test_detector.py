@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -87,6 +88,9 @@ def test_every_kind_of_source_gives_the_same_score(detector: Detector, tmp_path:
     sources = [path, str(path), path.read_bytes(), texture(1), Sample(path, "plate")]
     scores = {found.score for found in detector.predict(sources)}
     assert len(scores) == 1
+    of_file = hashlib.sha256(path.read_bytes()).hexdigest()
+    hashes = [found.sha256 for found in detector.predict(sources)]
+    assert hashes[:3] == [of_file] * 3 and hashes[4] == of_file and len(hashes[3]) == 64
     names = [found.image for found in detector.predict(sources)]
     assert names == [str(path), str(path), "image-2", "image-3", str(path)]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import builtins
 import errno
-import hashlib
 import io
 import os
 import struct
@@ -17,7 +16,7 @@ import pytest
 from PIL import Image, ImageFile
 
 from anomalyst.data import images
-from anomalyst.data.images import content_hash, list_images, read_image, read_mask
+from anomalyst.data.images import list_images, read_file, read_image, read_mask
 from anomalyst.errors import InputError
 
 RNG = np.random.default_rng(7)
@@ -480,14 +479,12 @@ def test_list_images(tmp_path: Path) -> None:
         list_images(tmp_path / "nothing")
 
 
-def test_content_hash(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    path.write_bytes(b"abc")
-    # FIPS 180-2, example 1
-    expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    assert content_hash(path) == expected
-    large = bytes(3_000_000)
+def test_a_files_bytes_are_read_whole_or_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "large.bin"
+    large = bytes(range(256)) * 5000
     path.write_bytes(large)
-    assert content_hash(path) == hashlib.sha256(large).hexdigest()
+    assert read_file(path) == large
     with pytest.raises(InputError, match="No such file"):
-        content_hash(tmp_path / "gone")
+        read_file(tmp_path / "gone")
+    with pytest.raises(InputError, match="is a folder"):
+        read_file(tmp_path)

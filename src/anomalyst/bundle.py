@@ -13,7 +13,7 @@ import io
 import json
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -165,7 +165,10 @@ def check_destination(path: Path) -> None:
 
 
 def _is_bundle_zip(path: Path) -> bool:
-    return zipfile.is_zipfile(path) and MANIFEST in zipfile.ZipFile(path).namelist()
+    try:
+        return bool(_reader(path)(MANIFEST))
+    except (KeyError, *_UNREADABLE):
+        return False
 
 
 def _write_zip(path: Path, files: Mapping[str, bytes]) -> None:
@@ -209,7 +212,7 @@ def read_bundle(path: Path) -> tuple[Manifest, dict[str, dict[str, npt.NDArray[A
     if not path.exists():
         raise InputError(f"{path}: no such bundle; make one with: anomalyst fit METHOD DATA -o DIR")
     try:
-        read = _zip_reader(path) if path.is_file() else _folder_reader(path)
+        read = _reader(path)
         manifest = _parse(path, read(MANIFEST))
         parts = {}
         for part, name in manifest.files.items():
@@ -224,7 +227,12 @@ def read_bundle(path: Path) -> tuple[Manifest, dict[str, dict[str, npt.NDArray[A
     return manifest, parts
 
 
-def _folder_reader(path: Path) -> Any:
+def _reader(path: Path) -> Callable[[str], bytes]:
+    """Return what reads one file of a bundle, folder or zip, by its name."""
+    return _zip_reader(path) if path.is_file() else _folder_reader(path)
+
+
+def _folder_reader(path: Path) -> Callable[[str], bytes]:
     def read(name: str) -> bytes:
         if Path(name).name != name:
             raise InputError(f"{path}: {MANIFEST} names a file outside the bundle: {name!r}")
@@ -235,7 +243,7 @@ def _folder_reader(path: Path) -> Any:
     return read
 
 
-def _zip_reader(path: Path) -> Any:
+def _zip_reader(path: Path) -> Callable[[str], bytes]:
     """Return the reader of a zip, also of one whose files lie in a folder of its own."""
     archive = zipfile.ZipFile(path)
     inside = [name for name in archive.namelist() if name.endswith(f"/{MANIFEST}")]
@@ -266,7 +274,4 @@ def _parse(path: Path, text: bytes) -> Manifest:
 
 def bundle_hash(path: Path) -> str:
     """Return the SHA-256 of the manifest, which fixes every other file: the bundle's identity."""
-    if path.is_file():
-        with zipfile.ZipFile(path) as archive:
-            return hashlib.sha256(archive.read(MANIFEST)).hexdigest()
-    return hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest()
+    return hashlib.sha256(_reader(path)(MANIFEST)).hexdigest()

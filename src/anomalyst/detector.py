@@ -137,9 +137,13 @@ class Detector:
     @property
     def fingerprint(self) -> str:
         """SHA-256 over the content hashes of all references and calibration images, sorted."""
+        return hashlib.sha256("".join(sorted(self.image_hashes)).encode()).hexdigest()
+
+    @property
+    def image_hashes(self) -> list[str]:
+        """SHA-256 of every image that the detector was made or calibrated on."""
         hashes = [r.sha256 for records in self.references.values() for r in records]
-        hashes += [image for each in self.calibration.values() for image in each.images]
-        return hashlib.sha256("".join(sorted(hashes)).encode()).hexdigest()
+        return hashes + [image for each in self.calibration.values() for image in each.images]
 
     def _make_engine(self) -> Engine:
         method, spec = self.spec.load(), find_backbone(self.backbone_id)

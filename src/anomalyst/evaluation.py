@@ -126,9 +126,9 @@ def evaluate(
             "bad (see the layouts in the documentation)"
         )
     samples = belonging(detector, data, data.test)
-    known = {r.sha256 for records in detector.references.values() for r in records}
-    known |= {image for each in detector.calibration.values() for image in each.images}
-    found = {name: CategoryEvaluation(name) for name in dict.fromkeys(_names(samples))}
+    known = set(detector.image_hashes)
+    names = dict.fromkeys(sample.category or "" for sample in samples)
+    found = {name: CategoryEvaluation(name) for name in names}
     errors: list[str] = []
     seconds = 0.0
     predictions = detector.predict(samples)
@@ -147,10 +147,6 @@ def evaluate(
             progress("evaluate", done, len(samples))
     metrics = _summary(detector, list(found.values()), seconds, len(samples), eval_size)
     return Evaluation(found, metrics, errors)
-
-
-def _names(samples: Sequence[Sample]) -> list[str]:
-    return [sample.category or "" for sample in samples]
 
 
 def _summary(

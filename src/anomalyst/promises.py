@@ -57,8 +57,7 @@ def require_levels(
     counts = {row["category"]: row["calibrated_on"] for row in state(detector)}
     for category in categories:
         for level in levels:
-            if level is not None:
-                _require(level, category, counts.get(category, 0))
+            _require(level, category, counts.get(category, 0))
 
 
 def require_held_out(
@@ -69,12 +68,12 @@ def require_held_out(
     for category in dict.fromkeys(sample.category for sample in samples):
         count = sum(sample.category == category for sample in held_out)
         for level in levels:
-            if level is not None:
-                _require(level, category or "", count)
+            _require(level, category or "", count)
 
 
-def _require(alpha: float, category: str, count: int) -> None:
-    if count < normals_needed(alpha):
+def _require(alpha: float | None, category: str, count: int) -> None:
+    """Raise where a level was asked for that so many images cannot support."""
+    if alpha is not None and count < normals_needed(alpha):
         raise InputError(
             f"category {category!r}: alpha {alpha:g} needs at least {normals_needed(alpha)} "
             f"held-out normal images, it has {count}; give more with `anomalyst calibrate BUNDLE "

@@ -12,7 +12,6 @@ What is read is fixed by the file format alone, never by the content of one imag
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 import stat
@@ -150,15 +149,6 @@ def list_images(source: str | Path, recursive: bool = False) -> list[Path]:
             f"files that end in {', '.join(sorted(IMAGE_SUFFIXES))} count"
         )
     return found
-
-
-def content_hash(path: str | Path) -> str:
-    """Return the SHA-256 of a file's bytes, hexadecimal."""
-    digest = hashlib.sha256()
-    with _open_file(path, display_name(path)) as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def display_name(source: object) -> str:
