@@ -29,7 +29,7 @@ from safetensors.numpy import save as tensors_to_bytes
 from anomalyst.errors import InputError
 from anomalyst.files import replace_file
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "bundle.json"
 Arrays = Mapping[str, npt.NDArray[Any]]
 
@@ -85,6 +85,7 @@ class Manifest(BaseModel):
     alpha: float
     alpha_review: float
     categories: dict[str, CategoryRecord]
+    trained_on: list[ReferenceRecord] = []
     setting: str
     shots: int | None
     data_fingerprint: str

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from anomalyst.cli_weights import weights_app
 from anomalyst.console import progress, say, show_json, show_metrics, show_table
 from anomalyst.errors import InputError
 
@@ -21,9 +22,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     epilog="First steps: anomalyst demo. Any command takes --help and --debug (full traceback).",
-)
-weights_app = typer.Typer(
-    help="Backbone weights, also for machines without internet.", no_args_is_help=True
 )
 app.add_typer(weights_app, name="weights")
 
@@ -44,6 +42,25 @@ Alpha = Annotated[
 AlphaReview = Annotated[
     float | None,
     typer.Option(help="Share of good parts that may be sent to review or NG (default: 0.05)."),
+]
+Training = Annotated[
+    list[Path], typer.Argument(help="Data set folder, or several to learn together.")
+]
+Epochs = Annotated[
+    int | None, typer.Option(min=1, help="Passes over the images (default: the method's).")
+]
+Steps = Annotated[int | None, typer.Option(min=1, help="Training steps, instead of epochs.")]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on from the checkpoint of a stopped training.")
+]
+TensorBoard = Annotated[
+    bool, typer.Option("--tensorboard", help="Write TensorBoard events while training.")
+]
+Devices = Annotated[
+    int, typer.Option(min=1, help="GPUs (or processes, on the CPU) that share the training.")
+]
+TrainingPrecision = Annotated[
+    str, typer.Option(help="Of the training: 32-true, or bf16-mixed where it is quicker.")
 ]
 Shots = Annotated[int | None, typer.Option(min=1, help="References a category (default: all).")]
 Weights = Annotated[str | None, typer.Option(help="file:PATH of the backbone weights.")]
@@ -114,7 +131,7 @@ def backbones(as_json: Json = False) -> None:
 @app.command()
 def fit(
     method: Annotated[str, typer.Argument(help="A method; see `anomalyst methods`.")],
-    data: Data,
+    data: Training,
     output: Annotated[Path, typer.Option("-o", "--output", help="Bundle: folder or .zip.")],
     category: Categories = None,
     layout: Layout = None,
@@ -125,6 +142,12 @@ def fit(
     image_size: ImageSize = None,
     preset: Preset = None,
     settings: Settings = None,
+    epochs: Epochs = None,
+    steps: Steps = None,
+    resume: Resume = False,
+    tensorboard: TensorBoard = False,
+    devices: Devices = 1,
+    precision: TrainingPrecision = "32-true",
     calibration: CalibrationShare = 0.2,
     alpha: Alpha = None,
     alpha_review: AlphaReview = None,
@@ -135,15 +158,21 @@ def fit(
 ) -> None:
     """Make a detector from good images and write it as a bundle."""
     from anomalyst.bundle import check_destination
-    from anomalyst.data.layouts import load_dataset
+    from anomalyst.data.layouts import load_training
     from anomalyst.detector import Detector
     from anomalyst.promises import require_held_out
-    from anomalyst.settings import detector_settings, given_decision
+    from anomalyst.settings import detector_settings, given_decision, training_setup
 
     detector = Detector(
         method,
         **detector_settings(
-            method, preset, settings or [], backbone=backbone, image_size=image_size
+            method,
+            preset,
+            settings or [],
+            backbone=backbone,
+            image_size=image_size,
+            epochs=epochs,
+            steps=steps,
         ),
         weights=weights,
         seed=seed,
@@ -152,12 +181,20 @@ def fit(
         offline=offline,
         feature_cache=_cache(feature_cache),
     )
-    training = load_dataset(data, layout=layout, categories=category).train
+    setup = training_setup(
+        method, output, resume=resume, tensorboard=tensorboard, devices=devices, precision=precision
+    )
+    training = load_training(data, layout=layout, categories=category)
     check_destination(output)
     require_held_out(training, calibration, (alpha, alpha_review))
     with progress() as advance:
-        detector.fit(training, shots=shots, calibration=calibration, progress=advance)
+        detector.fit(
+            training, shots=shots, calibration=calibration, training=setup, progress=advance
+        )
+    if len(data) > 1 and detector.setting == "multi":
+        detector.setting = "super-multi"
     detector.save(output)
+    setup.finish()
     _tell_state(detector, output, as_json)
 
 
@@ -315,50 +352,6 @@ def doctor(as_json: Json = False) -> None:
         show_table(["check", "works", "detail"], [list(row.values()) for row in rows])
     if not all(row["works"] for row in rows if row["check"] == "self-test"):
         raise typer.Exit(2)
-
-
-@weights_app.command("list")
-def weights_list(as_json: Json = False) -> None:
-    """List every backbone's weights: where they are, or that they are missing."""
-    from anomalyst.features.weights import list_weights
-
-    rows = list_weights()
-    if as_json:
-        show_json(rows)
-        return
-    show_table(list(rows[0]), [list(row.values()) for row in rows])
-
-
-@weights_app.command("fetch")
-def weights_fetch(backbone: Annotated[str, typer.Argument(help="A backbone id.")]) -> None:
-    """Download a backbone's weights into the local hub cache."""
-    from anomalyst.features.weights import fetch
-
-    print(fetch(backbone))
-
-
-@weights_app.command("pack")
-def weights_pack(
-    backbone: Annotated[str, typer.Argument(help="A backbone id.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="The file to carry.")],
-) -> None:
-    """Write a backbone's weights to one file, to carry to a machine without internet."""
-    from anomalyst.features.weights import pack
-
-    print(pack(backbone, output))
-
-
-@weights_app.command("add")
-def weights_add(
-    file: Annotated[Path, typer.Argument(help="A file that `weights pack` wrote, or safetensors.")],
-    backbone: Annotated[
-        str | None, typer.Option(help="Its backbone id (default: what the file says).")
-    ] = None,
-) -> None:
-    """Put weights from a file into the local store of this machine."""
-    from anomalyst.features.weights import add
-
-    print(add(file, backbone))
 
 
 def _cache(folder: Path | None) -> Any:

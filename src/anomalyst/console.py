@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
+
+from anomalyst.types import Progress
 
 
 def say(text: str) -> None:
@@ -56,10 +58,11 @@ def show_metrics(metrics: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def progress() -> Iterator[Callable[[str, int, int], None]]:
-    """Yield what to call with (stage, done, total): bars on a terminal, else a line each tenth."""
+def progress() -> Iterator[Progress]:
+    """Yield what to call as work goes on: bars on a terminal, else a line each tenth."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
 
     console = Console(stderr=True)
     if not console.is_terminal:
@@ -70,19 +73,20 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
     )
     # stdout is where results go: a bar on stderr must leave it alone.
-    with Progress(*columns, console=console, redirect_stdout=False) as bars:
+    with Bars(*columns, console=console, redirect_stdout=False) as bars:
         tasks: dict[str, TaskID] = {}
 
-        def advance(stage: str, done: int, total: int) -> None:
+        def advance(stage: str, done: int, total: int, note: str = "") -> None:
             if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=done)
+                tasks[stage] = bars.add_task(stage, total=total, note="")
+            bars.update(tasks[stage], completed=done, note=note)
 
         yield advance
 
 
-def _tell_tenths(stage: str, done: int, total: int) -> None:
+def _tell_tenths(stage: str, done: int, total: int, note: str = "") -> None:
     if total >= 20 and done * 10 // total != (done - 1) * 10 // total:
-        say(f"{stage} {done}/{total}")
+        say(f"{stage} {done}/{total}" + (f", {note}" if note else ""))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +14,14 @@ import numpy as np
 from anomalyst.bundle import ReferenceRecord
 from anomalyst.data.layouts import few_shot, hold_out
 from anomalyst.data.transforms import Preprocess
+from anomalyst.enrolment import new_references, record_of
 from anomalyst.errors import InputError, unknown
 from anomalyst.features.backbones import find_backbone
-from anomalyst.inference import ImageSource, Item, by_shape, read_batches
+from anomalyst.inference import ImageSource, by_shape
 from anomalyst.methods.base import Method, find_method, make_options
 from anomalyst.scoring import Calibration, Decision
-from anomalyst.types import Prediction, Sample
+from anomalyst.training_setup import TrainingSetup
+from anomalyst.types import Prediction, Progress, Sample
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,8 +29,6 @@ if TYPE_CHECKING:
     from anomalyst.engine import Engine
     from anomalyst.features.cache import FeatureCache
     from anomalyst.retrieval import CategoryIndex
-
-Progress = Callable[[str, int, int], None]
 
 _ONE_IMAGE = (str, Path, bytes, Sample, np.ndarray)
 
@@ -105,6 +106,7 @@ class Detector:
         self.setting = "single"
         self.shots: int | None = None
         self.references: dict[str, list[ReferenceRecord]] = {}
+        self.trained_on: list[ReferenceRecord] = []
         self.calibration: dict[str, Calibration] = {}
         self.seconds: dict[str, float] = {}
         self._engine: Engine | None = None
@@ -136,18 +138,19 @@ class Detector:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over the content hashes of all references and calibration images, sorted."""
+        """SHA-256 over the content hashes of all images behind the detector, sorted."""
         return hashlib.sha256("".join(sorted(self.image_hashes)).encode()).hexdigest()
 
     @property
     def image_hashes(self) -> list[str]:
         """SHA-256 of every image that the detector was made or calibrated on."""
         hashes = [r.sha256 for records in self.references.values() for r in records]
+        hashes += [record.sha256 for record in self.trained_on]
         return hashes + [image for each in self.calibration.values() for image in each.images]
 
     def _make_engine(self) -> Engine:
         method, spec = self.spec.load(), find_backbone(self.backbone_id)
-        make_options(method, self.options)  # a slip there must not wait for the weights
+        options = make_options(method, self.options)  # a slip there must not wait for the weights
         preprocess = Preprocess(
             image_size=spec.image_size if self.image_size is None else self.image_size,
             multiple=spec.stride,
@@ -165,7 +168,8 @@ class Detector:
         backbone = Backbone.load(
             spec.id, layers, weights=self.weights, offline=self.offline, device=device
         )
-        return Engine(backbone, preprocess, device, self.feature_cache)
+        condenser = method.condenser(options)
+        return Engine(backbone, preprocess, device, self.feature_cache, condenser)
 
     def _learned(self) -> tuple[Method, CategoryIndex]:
         if self._learner is None:
@@ -191,6 +195,7 @@ class Detector:
         *,
         shots: int | None = None,
         calibration: float = 0.2,
+        training: TrainingSetup | None = None,
         progress: Progress | None = None,
     ) -> Detector:
         """Run the stages that the method has, on normal training images of any categories.
@@ -206,26 +211,102 @@ class Detector:
         calibration
             Share of each category's normal images, the last by name, that is held out from the
             references and calibrates the scores; 0 leaves the detector uncalibrated.
+        training
+            How the gradient steps run, of a method that takes any.
         progress
             Called with the stage, the images done and the images in all.
         """
         self._check_normal(data)
-        kept, held_out = hold_out(data, calibration)
-        if shots is not None:
-            kept = few_shot(kept, shots, self.seed)
         before = dict(vars(self))
         try:
-            _ = self.engine  # loading weights is no part of the time that enrolment takes
-            self._learner, self.references, self.calibration, self.seconds = None, {}, {}, {}
-            for category in dict.fromkeys(_category(sample) for sample in kept):
-                self.enroll(category, [s for s in kept if s.category == category], (), progress)
+            _ = self.engine  # loading weights is no part of the time that the stages take
+            self._learner, self.references, self.calibration = None, {}, {}
+            self.trained_on, self.seconds = [], {}
+            unseen = self.method.judges_unseen
+            kept, held_out = hold_out(data, 0 if unseen else calibration)
+            if shots is not None:
+                kept = few_shot(kept, shots, self.seed)
+            names = () if unseen else tuple(dict.fromkeys(_category(s) for s in kept))
+            with self._scratch(training or TrainingSetup()):
+                if self.spec.trains_on is not None:
+                    self.train(kept, shots is not None, training, progress)
+                for name in names:
+                    self.enroll(name, [s for s in kept if s.category == name], (), progress)
+            if names:
+                self.trained_on = []  # the references are the same images
             if held_out:
                 self.calibrate(held_out, progress)
         except BaseException:
             vars(self).update(before)
             raise
-        self.shots, self.setting = shots, "few-shot" if shots is not None else "single"
+        self.shots = shots
+        if not unseen:
+            self.setting = "single" if shots is None else "few-shot"
+            if self.spec.multi_class and len(names) > 1:
+                self.setting = "multi" if shots is None else "few-shot-multi"
         return self
+
+    @contextmanager
+    def _scratch(self, setup: TrainingSetup) -> Iterator[None]:
+        """Keep frozen features on disk while a training goes on: each is computed once."""
+        if self.spec.trains_on is None:
+            yield
+            return
+        from anomalyst.training_stage import scratch_cache
+
+        before = self.engine
+        try:
+            with scratch_cache(before, setup) as self._engine:
+                yield
+        finally:
+            self._engine = before
+
+    @property
+    def ready(self) -> bool:
+        """Whether images can be judged: references are there, or trained weights that need none."""
+        return self.method.trained and (bool(self.references) or not self.spec.needs_category)
+
+    def train(
+        self,
+        data: Sequence[Sample],
+        few_shot: bool = False,
+        setup: TrainingSetup | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """Take the method's gradient steps on training images, from fresh weights.
+
+        References and calibration end with it: they say nothing of the new weights.
+
+        Parameters
+        ----------
+        data
+            What `MethodSpec.trains_on` says, of any categories.
+        few_shot
+            Whether the images are a few shots, which methods may stretch by changed views.
+        setup
+            Where and how; by default in one process, and no files are kept.
+        progress
+            As in `fit`, and with the loss and the time left.
+
+        Raises
+        ------
+        InputError
+            The method is not trained, an image is bad, or the loss became no number.
+        """
+        from anomalyst.methods.base import TrainedMethod
+        from anomalyst.training_stage import train_method
+
+        self._check_normal(data)
+        self._learner = None
+        method = self.method
+        if not isinstance(method, TrainedMethod):
+            raise InputError(f"{self.spec.name} takes no gradient steps: enroll references instead")
+        began, setup = time.perf_counter(), setup or TrainingSetup()
+        with self._scratch(setup):
+            source = train_method(method, self.engine, data, few_shot, setup, progress)
+        self.references, self.calibration, self.trained_on = {}, {}, source.records
+        self.setting, self.shots = "zero-shot", None
+        self.seconds = {"train": time.perf_counter() - began, "enroll": 0.0}
 
     def _check_normal(self, data: Sequence[Sample]) -> None:
         if not data:
@@ -269,17 +350,18 @@ class Detector:
             raise InputError(f"category {category!r}: give a printable name, not starting with __")
         if not normal:
             raise InputError(f"category {category!r}: give at least one normal reference image")
+        if self.spec.trains_on is not None and not self.ready:
+            raise InputError(f"{self.spec.name} is not trained yet: fit it on a data set first")
         began = time.perf_counter()
         records: list[ReferenceRecord] = []
         views: list[Sequence[Tensor]] = []
         plain: list[Sequence[Tensor]] = []
-        for items in self._new_references(category, normal, records, progress):
+        known = self.references.get(category, [])
+        for items in new_references(category, normal, known, self.engine.preprocess, progress):
+            records += [record_of(item) for item in items]
             for positions in by_shape(items):
-                found = self.engine.view_features(
-                    [items[p] for p in positions],
-                    self.method.reference_views,
-                    self.method.view_description,
-                )
+                same = [items[p] for p in positions]
+                found = [self.engine.features(same, v) for v in self.method.reference_views]
                 plain.append(found[0])
                 views.extend(found)
         self.method.enroll(category, views)
@@ -289,34 +371,7 @@ class Detector:
         self.calibration.pop(category, None)
         self.shots, self.setting = None, "single"
         spent = self.seconds.get("enroll", 0.0) + time.perf_counter() - began
-        self.seconds = {"train": 0.0, "enroll": spent}
-
-    def _new_references(
-        self,
-        category: str,
-        sources: Sequence[ImageSource],
-        records: list[ReferenceRecord],
-        progress: Progress | None,
-    ) -> Iterator[list[Item]]:
-        """Yield batches of references that the category does not have, and record them."""
-        known = {record.sha256 for record in self.references.get(category, [])}
-        done = 0
-        for batch in read_batches(sources, self.engine.preprocess, 8):
-            fresh = []
-            for item in batch:
-                if item.error:
-                    raise InputError(f"reference of {category!r}: {item.error}")
-                if item.sha256 not in known:
-                    known.add(item.sha256)
-                    fresh.append(item)
-                    name = Path(item.name).name
-                    records.append(ReferenceRecord(name=name, sha256=item.sha256))
-            yield fresh
-            done += len(batch)
-            if progress:
-                progress(f"enroll {category}", done, len(sources))
-        if not records:
-            raise InputError(f"category {category!r} has all {len(sources)} references already")
+        self.seconds = {"train": 0.0, **self.seconds, "enroll": spent}
 
     def calibrate(self, data: Sequence[Sample], progress: Progress | None = None) -> dict[str, int]:
         """Calibrate from held-out normal images; references and repeated images are left out.
@@ -350,6 +405,7 @@ class Detector:
                 "calibrate with normal images that it has not seen"
             )
         for name, rows in kept.items():
+            self.references.setdefault(name, [])
             self.calibration[name] = Calibration.of(*zip(*rows, strict=True))
         return {name: len(rows) for name, rows in kept.items()}
 
@@ -379,18 +435,22 @@ class Detector:
         keep_pixels
             Keep the decoded image on the prediction.
         """
-        if not self.categories:
-            raise InputError("this detector has no references yet: fit or enroll first")
-        if category is not None and category not in self.references:
+        if not self.ready:
+            raise InputError("this detector has learned nothing yet: fit or enroll first")
+        if category is not None and not self.knows(category):
             raise unknown("category", category, self.references)
         from anomalyst.judging import judge_all
 
         sources = [images] if isinstance(images, _ONE_IMAGE) else images
         return judge_all(self, sources, category, batch_size, keep_pixels)
 
-    def heat_unit(self, category: str) -> float:
+    def knows(self, category: str) -> bool:
+        """Tell whether images of that category can be judged."""
+        return category in self.references or not self.spec.needs_category
+
+    def heat_unit(self, category: str | None) -> float:
         """Return the map value at which a heat map turns strong: the pixel threshold, if any."""
-        calibration = self.calibration.get(category)
+        calibration = self.calibration.get(category or "")
         threshold = calibration.pixel_threshold(self.decision) if calibration else None
         # A threshold of 0 (held-out images equal to the references) is no unit to draw in.
         return threshold if threshold else self.method.heat_unit(category)
@@ -407,8 +467,8 @@ class Detector:
         """
         from anomalyst.persistence import save_detector
 
-        if not self.categories:
-            raise InputError("this detector has no references yet: fit or enroll before saving")
+        if not self.ready:
+            raise InputError("this detector has learned nothing yet: fit or enroll before saving")
         save_detector(self, Path(path))
         return Path(path)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,11 +12,11 @@ from torch import Tensor
 
 from anomalyst.data.transforms import Preprocess
 from anomalyst.errors import InputError
-from anomalyst.features.cache import FeatureCache
+from anomalyst.features.cache import FeatureArray, FeatureCache
 from anomalyst.features.extractor import Backbone
 from anomalyst.inference import Item
-
-Views = Callable[[Tensor], Iterable[Tensor]]
+from anomalyst.methods.base import Condenser
+from anomalyst.methods.views import PLAIN, View
 
 
 def pick_device(name: str) -> torch.device:
@@ -38,58 +38,49 @@ def pick_device(name: str) -> torch.device:
 
 @dataclass(frozen=True)
 class Engine:
-    """A backbone, the preprocessing that feeds it, and the cache beside it."""
+    """A backbone, the preprocessing that feeds it, and the cache beside it.
+
+    ``condenser`` keeps of the backbone's maps what the method uses; the cache holds only that.
+    """
 
     backbone: Backbone
     preprocess: Preprocess
     device: torch.device
     cache: FeatureCache | None = None
+    condenser: Condenser | None = None
 
-    def features(self, items: Sequence[Item]) -> list[Tensor]:
-        """Return one map ``[B, C, h, w]`` a tapped layer, of good items of one shape."""
-        return self._extract(items, self._stack(items), "image")
-
-    def view_features(
-        self, items: Sequence[Item], views: Views, description: str
-    ) -> list[list[Tensor]]:
-        """Return the feature maps of every view of good items of one shape.
-
-        ``description`` says how the views are made, for the cache.
-        """
-        images = self._stack(items)
-        return [
-            self._extract(items, view, f"{description} {number}" if number else "image")
-            for number, view in enumerate(views(images))
-        ]
-
-    def _stack(self, items: Sequence[Item]) -> Tensor:
-        stacked = np.stack([item.tensor for item in items if item.tensor is not None])
-        return torch.from_numpy(stacked).to(self.device)
-
-    @torch.inference_mode()
-    def _extract(self, items: Sequence[Item], images: Tensor, view: str) -> list[Tensor]:
+    def features(self, items: Sequence[Item], view: View = PLAIN) -> list[Tensor]:
+        """Return the feature maps ``[B, C, h, w]`` of one view of good items of one shape."""
         if self.cache is None:
-            return self.backbone(images)
-        transform = json.dumps(self.preprocess.to_dict(), sort_keys=True)
-        keys = [
-            self.cache.key(
-                item.sha256,
-                transform,
-                f"{self.backbone.identity}:{self.backbone.weights_sha256}",
-                self.backbone.layers,
-                view,
-            )
-            for item in items
-        ]
+            return self._extract(items, view)
+        keys = self.cache_keys(items, view)
         found = [self.cache.get(key) for key in keys]
         missing = [k for k, arrays in enumerate(found) if arrays is None]
         if missing:
-            fresh = [maps.cpu().numpy() for maps in self.backbone(images[missing])]
+            fresh = [m.cpu().numpy() for m in self._extract([items[k] for k in missing], view)]
             for row, k in enumerate(missing):
                 found[k] = self.cache.put(keys[k], [maps[row] for maps in fresh])
+        return self.stack([arrays for arrays in found if arrays is not None])
+
+    def cache_keys(self, items: Sequence[Item], view: View) -> list[str]:
+        """Return the names under which the cache keeps what `features` returns."""
+        transform = json.dumps(self.preprocess.to_dict(), sort_keys=True)
+        network = f"{self.backbone.identity}:{self.backbone.weights_sha256}"
+        made = view.name if self.condenser is None else f"{view.name}, {self.condenser.name}"
         return [
-            torch.from_numpy(np.stack([arrays[tap] for arrays in found if arrays is not None]))
-            .to(self.device)
-            .float()
-            for tap in range(len(self.backbone.layers))
+            FeatureCache.key(item.sha256, transform, network, self.backbone.layers, made)
+            for item in items
         ]
+
+    def stack(self, found: Sequence[Sequence[FeatureArray]]) -> list[Tensor]:
+        """Return cached entries of one shape as float32 maps ``[B, C, h, w]`` on the device."""
+        return [
+            torch.from_numpy(np.stack(maps)).to(self.device).float()
+            for maps in zip(*found, strict=True)
+        ]
+
+    @torch.inference_mode()
+    def _extract(self, items: Sequence[Item], view: View) -> list[Tensor]:
+        stacked = np.stack([item.tensor for item in items if item.tensor is not None])
+        maps = self.backbone(view.apply(torch.from_numpy(stacked).to(self.device)))
+        return maps if self.condenser is None else self.condenser.apply(maps)

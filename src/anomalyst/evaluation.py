@@ -18,12 +18,12 @@ import numpy as np
 from anomalyst.bundle import now, package_versions
 from anomalyst.data.images import read_mask
 from anomalyst.data.layouts import Dataset
-from anomalyst.detector import Detector, Progress
+from anomalyst.detector import Detector
 from anomalyst.errors import InputError
 from anomalyst.files import replace_file
 from anomalyst.metrics import ImageMetrics, ImageResult, PixelMetrics, PixelResult
 from anomalyst.promises import belonging
-from anomalyst.types import BoolArray, FloatArray, Prediction, Sample, ScoreMap
+from anomalyst.types import BoolArray, FloatArray, Prediction, Progress, Sample, ScoreMap
 
 METRICS = ("i_auroc", "i_ap", "i_f1max", "p_auroc", "p_ap", "p_f1max", "aupro")
 EVAL_SIZE = 256

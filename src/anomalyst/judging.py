@@ -42,7 +42,7 @@ def _judge(detector: Detector, items: Sequence[Item], category: str | None) -> l
     found: dict[int, Prediction] = {}
     for name in dict.fromkeys(names):
         at = [k for k, other in enumerate(names) if other == name]
-        if name not in detector.references:
+        if name is not None and not detector.knows(name):
             error = str(unknown("category", name, detector.references))
             found.update({k: Prediction(items[k].name, name, error=error) for k in at})
             continue
@@ -67,11 +67,14 @@ def _judge(detector: Detector, items: Sequence[Item], category: str | None) -> l
 
 def _name_categories(
     detector: Detector, items: Sequence[Item], features: Sequence[Tensor], category: str | None
-) -> list[str]:
-    """Return each item's category: the one given, its own, or that of the nearest reference."""
+) -> list[str | None]:
+    """Return each item's category: the one given, its own, or that of the nearest reference.
+
+    None where there is no reference at all.
+    """
     known = [category or item.category for item in items]
     if all(known):
-        return [name or "" for name in known]
+        return known
     retrieved = detector.index.lookup(features)
     return [name or nearest for name, nearest in zip(known, retrieved, strict=True)]
 

@@ -21,6 +21,7 @@ from anomalyst.engine import Engine, pick_device
 from anomalyst.errors import InputError
 from anomalyst.features.cache import FeatureCache
 from anomalyst.features.extractor import Backbone
+from anomalyst.methods.base import make_options
 from anomalyst.scoring import Calibration, Decision
 
 
@@ -60,6 +61,7 @@ def _describe(detector: Detector) -> Manifest:
         alpha=detector.decision.alpha,
         alpha_review=detector.decision.alpha_review,
         categories=categories,
+        trained_on=detector.trained_on,
         setting=detector.setting,
         shots=detector.shots,
         data_fingerprint=detector.fingerprint,
@@ -100,7 +102,10 @@ def load_detector(
         offline=True,
         feature_cache=cache,
     )
-    detector.restore(Engine(backbone, preprocess, target, cache), parts)
+    method = detector.spec.load()
+    condenser = method.condenser(make_options(method, manifest.options))
+    detector.restore(Engine(backbone, preprocess, target, cache, condenser), parts)
+    detector.trained_on = manifest.trained_on
     detector.setting, detector.shots = manifest.setting, manifest.shots
     detector.seconds = manifest.seconds
     for name, known in manifest.categories.items():

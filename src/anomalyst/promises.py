@@ -98,8 +98,10 @@ def belonging(
     """
     names = list(wanted or detector.categories)
     for name in names:
-        if name not in detector.references:
+        if not detector.knows(name):
             raise unknown("category", name, detector.references)
+    if not detector.spec.needs_category and not {*names} & {*data.categories}:
+        names = list(data.categories)  # judged without having been trained on
     nameless = wanted is not None or data.layout == "folder"
     if nameless and len(data.categories) == 1 and len(names) == 1:
         samples = [replace(sample, category=names[0]) for sample in samples]

@@ -25,10 +25,12 @@ class CategoryIndex:
             fresh = torch.cat([self._descriptors[category], fresh])
         self._descriptors[category] = fresh[:_REMEMBERED]
 
-    def lookup(self, features: Sequence[Tensor]) -> list[str]:
-        """Return the category of every image in a batch."""
+    def lookup(self, features: Sequence[Tensor]) -> list[str] | list[None]:
+        """Return the category of every image in a batch, None without any reference."""
         queries = describe(features)
         names = list(self._descriptors)
+        if not names:
+            return [None] * len(queries)
         best = torch.stack(
             [(queries @ self._descriptors[name].T).max(dim=1).values for name in names]
         )  # (categories, B)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, cast, get_args
 
 from anomalyst.errors import InputError, unknown
 from anomalyst.methods.base import find_method
 from anomalyst.scoring import Decision
+from anomalyst.training_setup import Precision, TrainingSetup
 
 # Settings of the detector that `--set` reaches beside the method's own options.
 _DETECTOR_KEYS = ("layers", "resize", "square")
@@ -20,6 +22,8 @@ def detector_settings(
     *,
     backbone: str = "auto",
     image_size: int | None = None,
+    epochs: int | None = None,
+    steps: int | None = None,
 ) -> dict[str, Any]:
     """Return keyword arguments for `Detector`: a preset, overridden by what is given explicitly.
 
@@ -29,6 +33,10 @@ def detector_settings(
         Unknown preset, or a ``KEY=VALUE`` pair that is none.
     """
     chosen: dict[str, Any] = {"options": {}}
+    if steps is not None and epochs is not None:
+        raise InputError("--steps and --epochs say the same in two ways: give one of them")
+    if (steps or epochs) and find_method(method).trains_on is None:
+        raise InputError(f"{method} takes no gradient steps: leave --steps and --epochs out")
     if preset is not None:
         presets = find_method(method).load().presets
         if preset not in presets:
@@ -42,11 +50,50 @@ def detector_settings(
             chosen[key] = _detector_value(key, value)
         else:
             chosen["options"][key] = value
+    if epochs is not None:
+        chosen["options"] |= {"epochs": epochs, "steps": None}
+    if steps is not None:
+        chosen["options"]["steps"] = steps
     if backbone != "auto" or "backbone" not in chosen:
         chosen["backbone"] = backbone
     if image_size is not None:
         chosen["image_size"] = image_size
     return chosen
+
+
+def training_setup(
+    method: str,
+    output: Path,
+    *,
+    resume: bool,
+    tensorboard: bool,
+    devices: int,
+    precision: str,
+) -> TrainingSetup:
+    """Return how `fit` trains a bundle: its files lie beside it, in ``OUTPUT.training``.
+
+    Raises
+    ------
+    InputError
+        Something of a training is asked for of a method that has none.
+    """
+    if find_method(method).trains_on is None:
+        if resume or tensorboard or devices > 1 or precision != "32-true":
+            raise InputError(
+                f"{method} takes no gradient steps: leave --resume, --tensorboard, --devices and "
+                "--precision out"
+            )
+        return TrainingSetup()
+    if precision not in get_args(Precision):
+        raise InputError(f"--precision {precision}: give {' or '.join(get_args(Precision))}")
+    folder = output.with_name(f"{output.name}.training")
+    return TrainingSetup(
+        folder,
+        resume=resume,
+        tensorboard=tensorboard,
+        devices=devices,
+        precision=cast(Precision, precision),
+    )
 
 
 def _detector_value(key: str, value: str) -> bool | int | list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,13 @@ FloatArray = npt.NDArray[np.float32]
 ByteArray = npt.NDArray[np.uint8]
 BoolArray = npt.NDArray[np.bool_]
 Verdict = Literal["ok", "review", "ng"]
+
+
+class Progress(Protocol):
+    """What long work calls as it goes on: on the command line a bar or a line."""
+
+    def __call__(self, stage: str, done: int, total: int, note: str = "") -> None:
+        """Take note that ``done`` of ``total`` parts of a stage are done, with a word beside it."""
 
 
 @dataclass(frozen=True)

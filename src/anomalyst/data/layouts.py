@@ -122,6 +122,39 @@ def load_dataset(
     )
 
 
+def load_training(
+    roots: Sequence[str | Path],
+    *,
+    layout: str | None = None,
+    categories: Sequence[str] | None = None,
+) -> tuple[Sample, ...]:
+    """List the training samples of one data set, or of several together.
+
+    A category that several of them have is named ``DATASET/CATEGORY`` after its folder.
+
+    Raises
+    ------
+    InputError
+        As `load_dataset`; or two data sets' folders have one name and a category in common.
+    """
+    found = [load_dataset(root, layout=layout, categories=categories) for root in roots]
+    names = [name for data in found for name in data.categories]
+    shared = {name for name in names if names.count(name) > 1}
+    samples: list[Sample] = []
+    full_names: set[str] = set()
+    for data in found:
+        full = {name: f"{data.root.resolve().name}/{name}" for name in data.categories}
+        full = {name: full[name] if name in shared else name for name in full}
+        if full_names & set(full.values()):
+            raise InputError(
+                f"{display_name(data.root)}: another data set's folder has the same name and "
+                f"categories; rename one of the folders"
+            )
+        full_names |= set(full.values())
+        samples += [replace(s, category=full.get(s.category or "")) for s in data.train]
+    return tuple(samples)
+
+
 def few_shot(samples: Sequence[Sample], shots: int, seed: int) -> tuple[Sample, ...]:
     """Draw ``shots`` normal samples of each category, sorted by category and path.
 

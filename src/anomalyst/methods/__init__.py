@@ -21,5 +21,14 @@ REGISTRY: dict[str, MethodSpec] = {
             few_shot=True,
             needs_category=True,
         ),
+        MethodSpec(
+            "inp-former",
+            "anomalyst.methods.inp_former:InpFormer",
+            "reconstruction from normal prototypes in the image itself (Luo et al., CVPR 2025)",
+            zero_shot=True,
+            few_shot=True,
+            multi_class=True,
+            trains_on="normal images",
+        ),
     )
 }

@@ -17,7 +17,7 @@ which orientation itself matters (a part that lies turned is a defect).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import pi
 from typing import Any, ClassVar
 
@@ -37,6 +37,7 @@ from anomalyst.methods.memory_bank import (
     to_patches,
     top_mean,
 )
+from anomalyst.methods.views import PLAIN, Affine, View
 
 _PAPER_THRESHOLD = 10.0
 
@@ -86,22 +87,16 @@ class AnomalyDINO(Method):
             )
 
     @property
-    def categories(self) -> tuple[str, ...]:
-        return self._banks.categories
-
-    def reference_views(self, images: Tensor) -> Iterable[Tensor]:
-        for k in range(self.options.rotations):
-            yield rotate(images, 2 * pi * k / self.options.rotations) if k else images
-
-    @property
-    def view_description(self) -> str:
-        return f"rotation of {self.options.rotations}"
+    def reference_views(self) -> Sequence[View]:
+        count = self.options.rotations
+        turned = (View(f"turn {k}/{count}", Affine(2 * pi * k / count)) for k in range(1, count))
+        return (PLAIN, *turned)
 
     def enroll(self, category: str, views: Sequence[Sequence[Tensor]]) -> None:
         patches = [to_patches(resize_like(features)) for features in views]
         self._banks.add(category, functional.normalize(torch.cat(patches), dim=1))
 
-    def score(self, features: Sequence[Tensor], category: str) -> tuple[Tensor, Tensor]:
+    def score(self, features: Sequence[Tensor], category: str | None) -> tuple[Tensor, Tensor]:
         stacked = resize_like(features)
         patches = to_patches(stacked)
         distance, _ = nearest_cosine(functional.normalize(patches, dim=1), self._banks[category])
@@ -110,7 +105,7 @@ class AnomalyDINO(Method):
             maps = maps * foreground(stacked, self._foreground_threshold)
         return maps, top_mean(maps, self.options.tail)
 
-    def heat_unit(self, category: str) -> float:
+    def heat_unit(self, category: str | None) -> float:
         return 0.5
 
     def tensors(self) -> dict[str, Tensor]:
@@ -118,28 +113,6 @@ class AnomalyDINO(Method):
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         self._banks.load(tensors)
-
-
-def rotate(images: Tensor, angle: float) -> Tensor:
-    """Return images ``[B, 3, H, W]`` turned by ``angle`` radians about their centre.
-
-    Same canvas, bilinear, border mirrored; non-square images keep their proportions.
-    """
-    height, width = images.shape[-2:]
-    cosine, sine = torch.tensor(angle).cos(), torch.tensor(angle).sin()
-    # Grid coordinates run over [-1, 1] on either axis, hence the aspect ratio off the diagonal.
-    turn = torch.stack(
-        [
-            torch.stack([cosine, -sine * height / width, torch.tensor(0.0)]),
-            torch.stack([sine * width / height, cosine, torch.tensor(0.0)]),
-        ]
-    ).to(images)
-    grid = functional.affine_grid(
-        turn.expand(len(images), 2, 3), list(images.shape), align_corners=False
-    )
-    return functional.grid_sample(
-        images, grid, mode="bilinear", padding_mode="reflection", align_corners=False
-    )
 
 
 def foreground(feature_map: Tensor, threshold: float) -> Tensor:

@@ -7,19 +7,20 @@ with raw score maps. Reading images, thresholds, files and reports are not its b
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from anomalyst.errors import InputError, unknown
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from anomalyst.features.backbones import BackboneSpec
+    from anomalyst.methods.views import View
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,13 @@ class MethodOptions(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class Condenser(NamedTuple):
+    """Which part of the tapped maps a method uses; ``name`` tells every setting (cache key)."""
+
+    name: str
+    apply: Callable[[Sequence[Tensor]], list[Tensor]]
+
+
 class Method(ABC):
     """One anomaly-detection method over frozen features.
 
@@ -73,6 +81,9 @@ class Method(ABC):
     sigma: ClassVar[float] = 4.0
     """Gaussian smoothing of the upsampled map, in pixels of the network's input; 0 is none."""
 
+    trained: bool = True
+    """False as long as a method that takes gradient steps has not taken them."""
+
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Named settings of a `Detector` (``image_size``, ``backbone``, ``options``, ...)."""
 
@@ -90,18 +101,21 @@ class Method(ABC):
         return tuple(backbone.default_taps)
 
     @property
-    @abstractmethod
-    def categories(self) -> tuple[str, ...]:
-        """The enrolled categories, in order of enrolment."""
+    def judges_unseen(self) -> bool:
+        """Whether the categories to be judged are others than those that it is trained on."""
+        return False
 
-    def reference_views(self, images: Tensor) -> Iterable[Tensor]:
-        """Yield the views ``[B, 3, H, W]`` of references to enroll, first the images themselves."""
-        yield images
+    @classmethod
+    def condenser(cls, options: MethodOptions) -> Condenser | None:
+        """Return what turns the tapped maps into the fewer ones that the method uses, if any."""
+        return None
 
     @property
-    def view_description(self) -> str:
-        """How `reference_views` makes its views, in words that name every setting (cache key)."""
-        return "plain"
+    def reference_views(self) -> Sequence[View]:
+        """The views of each reference that `enroll` gets, the image itself first."""
+        from anomalyst.methods.views import PLAIN
+
+        return (PLAIN,)
 
     @abstractmethod
     def enroll(self, category: str, views: Sequence[Sequence[Tensor]]) -> None:
@@ -112,15 +126,20 @@ class Method(ABC):
         """
 
     @abstractmethod
-    def score(self, features: Sequence[Tensor], category: str) -> tuple[Tensor, Tensor]:
+    def score(self, features: Sequence[Tensor], category: str | None) -> tuple[Tensor, Tensor]:
         """Return raw score maps ``[B, h, w]`` and image scores ``[B]``, higher is more anomalous.
 
-        ``category`` is an enrolled one. No image's result depends on the rest of its batch.
+        ``category`` is an enrolled one, or anything for a method that needs none. No image's result
+        depends on the rest of its batch.
         """
 
     @abstractmethod
-    def heat_unit(self, category: str) -> float:
+    def heat_unit(self, category: str | None) -> float:
         """Return a map value that deserves a strong colour where nothing is calibrated."""
+
+    def attention_maps(self, features: Sequence[Tensor]) -> Tensor | None:
+        """Return maps ``[B, M, h, w]`` that show what the method looked at, for the report."""
+        return None
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
@@ -129,6 +148,45 @@ class Method(ABC):
     @abstractmethod
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Restore what `tensors` returned."""
+
+
+class TrainingOptions(MethodOptions):
+    """Options of every method with gradient steps; defaults are each method's own."""
+
+    epochs: int = Field(200, ge=1, description="passes over the training images")
+    steps: int | None = Field(None, ge=1, description="training steps, instead of epochs")
+    batch_size: int = Field(16, ge=1, description="images a step")
+    learning_rate: float = Field(1e-3, gt=0, description="after warm-up")
+    final_learning_rate: float = Field(1e-4, ge=0, description="at the end of the half cosine")
+    warmup: int = Field(100, ge=0, description="steps in which the learning rate rises from 0")
+    weight_decay: float = Field(1e-4, ge=0, description="of all weights")
+    clip: float = Field(0.1, gt=0, description="largest norm of a step's whole gradient")
+
+
+class TrainedMethod(Method):
+    """A method whose ``network`` takes gradient steps on feature maps of the frozen backbone.
+
+    The network, called with a batch of feature maps, returns its losses by name, ``loss`` their
+    weighted sum. Everything else that it can do is the method's own business.
+    """
+
+    options: TrainingOptions
+    network: nn.Module
+    trained = False
+
+    def training_views(self, few_shot: bool) -> Sequence[View]:
+        """Return the views of each image that are trained on, the image itself first."""
+        return self.reference_views
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {f"network.{name}": value for name, value in self.network.state_dict().items()}
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        start = "network."
+        state = {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
+        self.network.load_state_dict(state)
+        self.network.to(next(iter(state.values())).device)
+        self.trained = True
 
 
 def find_method(name: str) -> MethodSpec:

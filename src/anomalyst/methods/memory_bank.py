@@ -79,9 +79,9 @@ class Banks:
         kept = [self._banks[category]] if category in self._banks else []
         self._banks[category] = torch.cat([*kept, patches])
 
-    def __getitem__(self, category: str) -> Tensor:
-        if category not in self._banks:
-            raise unknown("category", category, self._banks)
+    def __getitem__(self, category: str | None) -> Tensor:
+        if category is None or category not in self._banks:
+            raise unknown("category", category or "", self._banks)
         return self._banks[category]
 
     def tensors(self) -> dict[str, Tensor]:

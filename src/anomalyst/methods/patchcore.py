@@ -73,10 +73,6 @@ class PatchCore(Method):
             )
         self._banks = Banks()
 
-    @property
-    def categories(self) -> tuple[str, ...]:
-        return self._banks.categories
-
     def embed(self, features: Sequence[Tensor]) -> Tensor:
         """Return locally aware patch features ``[B, D, h, w]`` on the first layer's grid."""
         side = self.options.neighbourhood
@@ -106,7 +102,7 @@ class PatchCore(Method):
         projection = torch.randn(width, target, generator=random).to(patches) / target**0.5
         return k_centre(patches @ projection, count, start)
 
-    def score(self, features: Sequence[Tensor], category: str) -> tuple[Tensor, Tensor]:
+    def score(self, features: Sequence[Tensor], category: str | None) -> tuple[Tensor, Tensor]:
         embedded = self.embed(features)
         queries, bank = to_patches(embedded), self._banks[category]
         distance, index = nearest_euclidean(queries, bank)
@@ -125,7 +121,7 @@ class PatchCore(Method):
         nearest = (patches - bank[neighbours]).norm(dim=1)
         return 1 - torch.exp(nearest - distance.logsumexp(dim=1))
 
-    def heat_unit(self, category: str) -> float:
+    def heat_unit(self, category: str | None) -> float:
         return float(self._banks[category].norm(dim=1).mean()) / 2
 
     def tensors(self) -> dict[str, Tensor]:

@@ -1,0 +1,57 @@
+"""Views: fixed changes of a preprocessed image, each with a name that the feature cache keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+class View(NamedTuple):
+    """A change of images ``[B, 3, H, W]``; ``name`` tells it from every other, its settings too."""
+
+    name: str
+    apply: Callable[[Tensor], Tensor]
+
+
+def _unchanged(images: Tensor) -> Tensor:
+    return images
+
+
+PLAIN = View("image", _unchanged)
+
+
+@dataclass(frozen=True)
+class Affine:
+    """Turn by ``angle`` radians, shift by shares of half a side, mirror left to right.
+
+    Same canvas, bilinear, border mirrored; non-square images keep their proportions.
+    """
+
+    angle: float = 0.0
+    right: float = 0.0
+    down: float = 0.0
+    mirror: bool = False
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Return the images ``[B, 3, H, W]`` so changed."""
+        height, width = images.shape[-2:]
+        cosine, sine = (f(torch.tensor(self.angle)).item() for f in (torch.cos, torch.sin))
+        flip = -1.0 if self.mirror else 1.0
+        # Grid coordinates run over [-1, 1] on either axis, hence the aspect ratio off the diagonal.
+        matrix = images.new_tensor(
+            [
+                [flip * cosine, -sine * height / width, self.right],
+                [flip * sine * width / height, cosine, self.down],
+            ]
+        )
+        grid = functional.affine_grid(
+            matrix.expand(len(images), 2, 3), list(images.shape), align_corners=False
+        )
+        return functional.grid_sample(
+            images, grid, mode="bilinear", padding_mode="reflection", align_corners=False
+        )

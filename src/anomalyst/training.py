@@ -1,0 +1,307 @@
+"""The training loop of every method with gradient steps, on Lightning Fabric.
+
+One plain loop: draw a batch, take the loss, clip, step, write down. The order of images depends on
+the seed and the step alone and the network has no randomness of its own, so weights, optimiser
+state and step number are all that a checkpoint needs: resumed training ends at the same weights.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor, nn
+
+from anomalyst.errors import InputError
+from anomalyst.methods.base import TrainingOptions
+from anomalyst.training_run import TrainingRun
+from anomalyst.training_setup import Precision
+from anomalyst.types import Progress
+
+Batch = list[list[Tensor]]
+"""Feature maps of one step: for each shape of image, the maps of every layer."""
+
+
+class Source(Protocol):
+    """What a step's feature maps come from."""
+
+    def __len__(self) -> int:
+        """Return how many there are to draw from."""
+
+    def fetch(self, numbers: Sequence[int]) -> Batch:
+        """Return the maps of those numbers."""
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Where to train: device kind, how many, and Fabric's name of the precision."""
+
+    device: torch.device
+    count: int = 1
+    precision: Precision = "32-true"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many steps of how many images each training takes."""
+
+    steps: int
+    batch_size: int
+
+    @classmethod
+    def of(cls, options: TrainingOptions, images: int, processes: int = 1) -> Plan:
+        """Return the plan for so many images.
+
+        With fewer images than a batch, a batch is all of them: an incomplete batch is dropped at
+        the end of each pass, and nothing would be trained otherwise.
+
+        Raises
+        ------
+        InputError
+            The batch cannot be shared out evenly among the processes.
+        """
+        batch = min(options.batch_size, images)
+        if batch % processes:
+            raise InputError(
+                f"batches of {batch} images cannot be shared among {processes} devices: "
+                "choose another --devices or batch_size"
+            )
+        return cls(options.steps or options.epochs * (images // batch), batch)
+
+
+def train(
+    network: nn.Module,
+    source: Source,
+    options: TrainingOptions,
+    *,
+    seed: int,
+    hardware: Hardware,
+    run: TrainingRun | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Train the network in place.
+
+    Parameters
+    ----------
+    network
+        Called with a list of feature maps it returns its losses by name, ``loss`` their sum.
+    run
+        Keeps the log and checkpoints, and resumes from them.
+    progress
+        Called after every step with the loss and the time left.
+
+    Raises
+    ------
+    InputError
+        The loss or its gradient is no longer a number; the last good checkpoint is kept.
+    """
+    plan = Plan.of(options, len(source), hardware.count)
+    many = hardware.count > 1
+    gpu = hardware.device.type == "cuda"
+    fabric = Fabric(
+        accelerator=hardware.device.type,
+        devices=[hardware.device.index or 0] if gpu and not many else hardware.count,
+        strategy="ddp_spawn" if many else "auto",
+        precision=hardware.precision,
+    )
+    if many:
+        # Bars cannot cross to other processes: their log says how far they are.
+        work: Any = _work
+        state = fabric.launch(work, network, source, options, plan, seed, run, None)
+        network.load_state_dict(state)
+    else:
+        _work(fabric, network, source, options, plan, seed, run, progress)
+    network.eval()
+
+
+def _work(
+    fabric: Fabric,
+    network: nn.Module,
+    source: Source,
+    options: TrainingOptions,
+    plan: Plan,
+    seed: int,
+    run: TrainingRun | None,
+    progress: Progress | None,
+) -> dict[str, Tensor]:
+    """Run the loop in one process and return the trained tensors on the CPU."""
+    objective = _Objective(network)
+    optimizer = StableAdamW(network.parameters(), weight_decay=options.weight_decay)
+    first = run.restore(network, optimizer) if run else 0
+    model, stepper = fabric.setup(objective, optimizer)
+    model.train()
+    mine = slice(fabric.global_rank, None, fabric.world_size)
+    began = time.perf_counter()
+    keeper = run if fabric.is_global_zero else None
+    batches = draw_batches(len(source), plan, seed, first)
+    with _interrupt_between_steps() as interrupted:
+        for step, numbers in enumerate(batches, start=first):
+            rate = learning_rate(step, plan.steps, options)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            stepper.zero_grad()
+            losses = model(source.fetch(numbers[mine]))
+            fabric.backward(losses["loss"])
+            norm = fabric.clip_gradients(
+                model, stepper, max_norm=options.clip, error_if_nonfinite=False
+            )
+            found = {name: value.item() for name, value in losses.items()}
+            _require_finite(step, found["loss"], float(norm if norm is not None else 0.0), run)
+            stepper.step()
+            spent = time.perf_counter() - began
+            if keeper:
+                keeper.log(step, {**found, "learning_rate": rate, "seconds": spent})
+                keeper.maybe_save(network, optimizer, step + 1, at_once=bool(interrupted))
+            if interrupted:
+                raise KeyboardInterrupt
+            if progress and fabric.is_global_zero:
+                left = spent / (step + 1 - first) * (plan.steps - step - 1)
+                note = f"loss {found['loss']:.4f}, {_duration(left)} left"
+                progress("train", step + 1, plan.steps, note)
+    return {name: tensor.detach().cpu() for name, tensor in network.state_dict().items()}
+
+
+@contextmanager
+def _interrupt_between_steps() -> Iterator[list[int]]:
+    """Yield a list that the first Ctrl-C is put into: half a step must not reach a checkpoint.
+
+    The second one stops at once.
+    """
+    noticed: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield noticed  # only the main thread gets signals
+        return
+    former = signal.getsignal(signal.SIGINT)
+
+    def notice(number: int, _: object) -> None:
+        noticed.append(number)
+        signal.signal(signal.SIGINT, former)
+
+    signal.signal(signal.SIGINT, notice)
+    try:
+        yield noticed
+    finally:
+        signal.signal(signal.SIGINT, former)
+
+
+class _Objective(nn.Module):
+    """One forward pass of a whole step, as several processes need it: all its batches at once."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, batches: Batch) -> dict[str, Tensor]:
+        total = sum(len(maps[0]) for maps in batches)
+        losses: dict[str, Tensor] = {}
+        for maps in batches:
+            for name, value in self.network(maps).items():
+                part = value * (len(maps[0]) / total)
+                losses[name] = losses[name] + part if name in losses else part
+        return losses
+
+
+def draw_batches(images: int, plan: Plan, seed: int, first: int = 0) -> Iterator[list[int]]:
+    """Yield the numbers of every step from ``first`` on: each pass a permutation of its own."""
+    per_pass = images // plan.batch_size
+    order: list[int] = []
+    for step in range(first, plan.steps):
+        number, place = divmod(step, per_pass)
+        if place == 0 or not order:
+            generator = torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**63)
+            order = torch.randperm(images, generator=generator).tolist()
+        yield order[place * plan.batch_size : (place + 1) * plan.batch_size]
+
+
+def learning_rate(step: int, steps: int, options: TrainingOptions) -> float:
+    """Return the rate of a step: a line from 0 over the warm-up, then half a cosine.
+
+    Both ends of the line are taken, so the first step has rate 0 and the last of the warm-up and
+    the first of the cosine the full one.
+    """
+    warmup = min(options.warmup, steps)
+    high, low = options.learning_rate, options.final_learning_rate
+    if step < warmup:
+        return high * step / max(warmup - 1, 1)
+    return low + (high - low) * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
+
+
+class StableAdamW(torch.optim.Optimizer):
+    """AdamW with amsgrad whose update is damped where the gradient outruns its second moment.
+
+    Wortsman et al., "Stable and low-precision training for large-scale vision-language models",
+    NeurIPS 2023, in INP-Former's form: the running maximum is taken of the uncorrected second
+    moment, and the damping is the root mean square of gradient over its root, a tensor at a time.
+
+    Parameters
+    ----------
+    params
+        What to train.
+    lr
+        Learning rate, set anew before every step.
+    betas, eps
+        As in Adam.
+    weight_decay
+        Decoupled, of all tensors alike.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-10,
+        weight_decay: float = 1e-4,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, parameter.grad, group)
+
+    def _update(self, parameter: Tensor, gradient: Tensor, group: Mapping[str, Any]) -> None:
+        state = self.state[parameter]
+        if not state:
+            state["step"] = 0
+            for name in ("first", "second", "highest"):
+                state[name] = torch.zeros_like(parameter)
+        state["step"] += 1
+        rate, (beta1, beta2) = group["lr"], group["betas"]
+        parameter.mul_(1 - rate * group["decay"])
+        state["first"].lerp_(gradient, 1 - beta1)
+        state["second"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        torch.maximum(state["highest"], state["second"], out=state["highest"])
+        root = state["highest"].sqrt().div_((1 - beta2 ** state["step"]) ** 0.5).add_(group["eps"])
+        surprise = (gradient / root).square_().mean().sqrt().clamp_(min=1)
+        size = rate / (1 - beta1 ** state["step"])
+        parameter.sub_(state["first"].div(root).mul_(size / surprise))
+
+
+def _require_finite(step: int, loss: float, norm: float, run: TrainingRun | None) -> None:
+    if math.isfinite(loss) and math.isfinite(norm):
+        return
+    kept = run.kept() if run else "no checkpoint was asked for"
+    raise InputError(
+        f"training: the {'gradient' if math.isfinite(loss) else 'loss'} is not a number at step "
+        f"{step}; {kept}. Train anew with a smaller --set learning_rate=..., in --precision "
+        "32-true, or without the images that cause it"
+    )
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    if minutes < 1:
+        return f"{round(seconds)} s"
+    return f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"
