@@ -16,6 +16,7 @@ from PIL import Image
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 TINY = "timm:test_vit"
+DEEP = "timm:test_vit2"  # eight blocks, as some methods need
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -31,14 +32,23 @@ def own_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> str:
     """``file:PATH`` of seeded random weights for the backbone `TINY`."""
+    return _random_weights(TINY, tmp_path_factory.mktemp("weights") / "tiny.safetensors")
+
+
+@pytest.fixture(scope="session")
+def deep_weights(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """``file:PATH`` of seeded random weights for the backbone `DEEP`."""
+    return _random_weights(DEEP, tmp_path_factory.mktemp("weights") / "deep.safetensors")
+
+
+def _random_weights(backbone: str, path: Path) -> str:
     timm = pytest.importorskip("timm")
     import torch
     from safetensors.torch import save_file
 
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = timm.create_model(TINY.removeprefix("timm:"), pretrained=False)
-    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+        model = timm.create_model(backbone.removeprefix("timm:"), pretrained=False)
     save_file(model.state_dict(), str(path))
     return f"file:{path}"
 

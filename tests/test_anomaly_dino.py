@@ -12,8 +12,9 @@ from scipy import ndimage
 
 from anomalyst.errors import InputError
 from anomalyst.features.backbones import find_backbone
-from anomalyst.methods.anomaly_dino import AnomalyDINO, foreground, rotate
+from anomalyst.methods.anomaly_dino import AnomalyDINO, foreground
 from anomalyst.methods.base import make_options
+from anomalyst.methods.views import Affine
 
 
 def anomaly_dino(options: Mapping[str, object]) -> AnomalyDINO:
@@ -61,9 +62,9 @@ def test_image_score_is_the_mean_of_the_highest_percent() -> None:
 @pytest.mark.parametrize("shape", [(40, 40), (30, 50)])
 def test_quarter_and_half_turns_move_pixels_exactly(shape: tuple[int, int]) -> None:
     image = random(1, 3, *shape)
-    torch.testing.assert_close(rotate(image, pi), image.flip(2, 3), rtol=0, atol=1e-4)
+    torch.testing.assert_close(Affine(pi)(image), image.flip(2, 3), rtol=0, atol=1e-4)
     if shape[0] == shape[1]:
-        turned = rotate(image, pi / 2)
+        turned = Affine(pi / 2)(image)
         same = [torch.allclose(turned, image.rot90(k, (2, 3)), atol=1e-4) for k in (1, 3)]
         assert same.count(True) == 1
 
@@ -71,7 +72,7 @@ def test_quarter_and_half_turns_move_pixels_exactly(shape: tuple[int, int]) -> N
 def test_any_turn_agrees_with_scipy_inside_the_canvas() -> None:
     yy, xx = np.mgrid[:60, :90]
     picture = np.sin(xx / 7) + np.cos(yy / 5)
-    turned = rotate(torch.from_numpy(picture)[None, None].float(), pi / 4)[0, 0].numpy()
+    turned = Affine(pi / 4)(torch.from_numpy(picture)[None, None].float())[0, 0].numpy()
     middle = (slice(22, 38), slice(30, 60))
     gaps = [
         np.abs(
@@ -83,7 +84,8 @@ def test_any_turn_agrees_with_scipy_inside_the_canvas() -> None:
 
 
 def test_rotated_references_find_a_turned_image() -> None:
-    views = list(anomaly_dino({"rotations": 4}).reference_views(random(2, 3, 16, 16)))
+    images = random(2, 3, 16, 16)
+    views = [view.apply(images) for view in anomaly_dino({"rotations": 4}).reference_views]
     assert len(views) == 4
     assert torch.equal(views[0], random(2, 3, 16, 16))
     assert not torch.allclose(views[1], views[3])

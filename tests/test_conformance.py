@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +13,8 @@ from anomalyst.detector import Detector
 from anomalyst.errors import InputError
 from anomalyst.features.cache import FeatureCache
 from anomalyst.methods import REGISTRY
-from anomalyst.types import Prediction
-from conftest import TINY, blot, texture
+from anomalyst.types import Prediction, Sample
+from conftest import DEEP, blot, save, texture
 
 pytestmark = pytest.mark.parametrize("method", sorted(REGISTRY))
 GOOD = [texture(k) for k in range(4)]
@@ -31,11 +31,25 @@ def no_socket(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def make(tiny_weights: str) -> Iterator[object]:
-    def build(method: str, **more: object) -> Detector:
-        return Detector(method, backbone=TINY, weights=tiny_weights, image_size=96, **more)
+def make(deep_weights: str, good_samples: list[Sample]) -> object:
+    """A detector that has taken its gradient steps, if its method takes any, and no references."""
+
+    def build(method: str, **more: Any) -> Detector:
+        if REGISTRY[method].trains_on is not None:
+            more["options"] = {"steps": 40, "warmup": 5, "batch_size": 4, **more.get("options", {})}
+        detector = Detector(method, backbone=DEEP, weights=deep_weights, image_size=96, **more)
+        if REGISTRY[method].trains_on is not None:
+            detector.train(good_samples)
+        return detector
 
     return build
+
+
+@pytest.fixture(scope="module")
+def good_samples(tmp_path_factory: pytest.TempPathFactory) -> list[Sample]:
+    folder = tmp_path_factory.mktemp("good")
+    paths = [save(folder / f"{k}.png", image) for k, image in enumerate(GOOD)]
+    return [Sample(path, "plate", 0, "good") for path in paths]
 
 
 def enrolled(detector: Detector, images: list[np.ndarray] = GOOD) -> Detector:
@@ -123,12 +137,15 @@ def test_cached_features_give_the_same_result(method: str, make, tmp_path: Path)
     np.testing.assert_allclose(first.map, fresh.map, atol=5e-3 * scale)
 
 
-def test_the_first_view_of_a_reference_is_the_reference(method: str, make) -> None:
+def test_the_first_view_of_an_image_is_the_image(method: str, make) -> None:
     """Retrieval and the feature cache count on it."""
-    import torch
+    from anomalyst.methods.base import TrainedMethod
+    from anomalyst.methods.views import PLAIN
 
-    images = torch.rand(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(next(iter(make(method).method.reference_views(images))), images)
+    made = make(method).method
+    assert made.reference_views[0] is PLAIN
+    if isinstance(made, TrainedMethod):
+        assert made.training_views(few_shot=True)[0] is PLAIN
 
 
 def test_an_easy_defect_is_found_and_placed(method: str, make) -> None:
@@ -156,5 +173,6 @@ def test_what_the_method_lacks_is_refused_before_any_work(method: str, make) -> 
 
 def test_unknown_options_name_the_nearest(method: str, make) -> None:
     known = next(iter(REGISTRY[method].load().Options.model_fields))
+    detector = Detector(method, backbone=DEEP, options={known + "x": 1})
     with pytest.raises(InputError, match=f"did you mean '{known}'"):
-        make(method, options={known + "x": 1}).enroll("plate", GOOD)
+        detector.enroll("plate", GOOD)

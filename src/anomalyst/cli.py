@@ -11,9 +11,11 @@ from typing import Annotated, Any
 
 import typer
 
+from anomalyst.cli_benchmark import benchmark
 from anomalyst.cli_weights import weights_app
 from anomalyst.console import progress, say, show_json, show_metrics, show_table
 from anomalyst.errors import InputError
+from anomalyst.files import make_folder
 
 app = typer.Typer(
     name="anomalyst",
@@ -94,7 +96,7 @@ def demo(
     """Find defects on real solar cells: fit, calibrate, predict, report."""
     from anomalyst.demo import run_demo
 
-    _make_folder(output)
+    make_folder(output)
     metrics, report = run_demo(output, shots)
     show_json(metrics) if as_json else show_metrics(metrics)
     say(f"report: {report}")
@@ -325,7 +327,7 @@ def evaluate(
     from anomalyst.settings import parse_eval_size
 
     size = parse_eval_size(eval_size)
-    _make_folder(output)
+    make_folder(output)
     detector = Detector.load(bundle, device=device, feature_cache=_cache(feature_cache))
     found = load_dataset(data, layout=layout, categories=category)
     with progress() as advance:
@@ -338,6 +340,27 @@ def evaluate(
         say(f"error: {error}")
     if result.errors:
         raise typer.Exit(2)
+
+
+app.command()(benchmark)
+
+
+@app.command()
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(help="The .pth of the official INP-Former code.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Bundle: folder or .zip.")],
+    image_size: Annotated[int, typer.Option(min=14, help="Crop that it was trained at.")] = 392,
+    resize: Annotated[int, typer.Option(min=14, help="Image size before the crop.")] = 448,
+    as_json: Json = False,
+) -> None:
+    """Make a bundle of a checkpoint that a method's authors trained."""
+    from anomalyst.bundle import check_destination
+    from anomalyst.convert import convert_inp_former
+
+    check_destination(output)
+    detector = convert_inp_former(checkpoint, image_size=image_size, resize=resize)
+    detector.save(output)
+    _tell_state(detector, output, as_json)
 
 
 @app.command()
@@ -372,16 +395,6 @@ def _expand(path: Path) -> list[Path]:
         return list_images(path, recursive=True)
     except InputError:
         return [path]
-
-
-def _make_folder(path: Path) -> None:
-    """Make the folder for results, before the work and not after it."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"{path}: no folder for results can be made there ({error.strerror}); name another"
-        ) from None
 
 
 def _tell_state(detector: Any, bundle: Path, as_json: bool) -> None:

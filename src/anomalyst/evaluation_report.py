@@ -12,16 +12,18 @@ from anomalyst.data.images import read_image, read_mask
 from anomalyst.data.layouts import Dataset
 from anomalyst.detector import Detector
 from anomalyst.evaluation import CategoryEvaluation, Evaluation
+from anomalyst.inference import read_item
 from anomalyst.promises import describe
 from anomalyst.report import (
     CategoryReport,
     ReportData,
     ReportImage,
+    attention_strip,
     gallery,
     illustrate,
     write_report,
 )
-from anomalyst.types import Prediction, Sample
+from anomalyst.types import Prediction, Sample, ScoreMap
 
 
 def write_evaluation_report(
@@ -51,7 +53,7 @@ def _category(result: CategoryEvaluation, detector: Detector, root: Path) -> Cat
     images = [_image(sample, prediction, root) for sample, prediction in pairs]
     shown = gallery(images)
     for k in (*shown.normal, *shown.anomalous, *shown.typical):
-        images[k] = _with_pictures(images[k], *pairs[k], unit)
+        images[k] = _with_pictures(images[k], *pairs[k], unit, detector)
     return CategoryReport(
         name=result.name,
         images=images,
@@ -82,19 +84,35 @@ def _short(path: Path, root: Path) -> str:
 
 
 def _with_pictures(
-    image: ReportImage, sample: Sample, prediction: Prediction, unit: float
+    image: ReportImage, sample: Sample, prediction: Prediction, unit: float, detector: Detector
 ) -> ReportImage:
     if prediction.score_map is None:
         return image
     size = prediction.score_map.size
+    pixels = read_image(sample.path)
     picture, overlay = illustrate(
-        read_image(sample.path),
+        pixels,
         prediction.score_map,
         unit,
         prediction.regions,
         None if sample.mask is None else read_mask(sample.mask, size),
     )
-    return replace(image, picture=picture, overlay=overlay)
+    seen = _attention(sample, prediction.score_map, detector)
+    attention = None if seen is None else attention_strip(pixels, seen)
+    return replace(image, picture=picture, overlay=overlay, attention=attention)
+
+
+def _attention(
+    sample: Sample, score_map: ScoreMap, detector: Detector
+) -> tuple[ScoreMap, ...] | None:
+    """Return what the method looked at in an image, None where it does not say."""
+    if not detector.method.explains:
+        return None
+    item = read_item(sample.path, str(sample.path), detector.engine.preprocess)
+    if item.tensor is None:
+        return None
+    maps = detector.method.attention_maps(detector.engine.features([item]))
+    return tuple(replace(score_map, values=values) for values in maps[0].cpu().numpy())
 
 
 def _provenance(

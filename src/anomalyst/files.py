@@ -6,6 +6,8 @@ import os
 import threading
 from pathlib import Path
 
+from anomalyst.errors import InputError
+
 
 def replace_file(path: Path, content: bytes) -> None:
     """Write ``content`` beside ``path``, flush it to the disk, and take the name in one step.
@@ -25,3 +27,19 @@ def replace_file(path: Path, content: bytes) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder for results, before the work and not after it.
+
+    Raises
+    ------
+    InputError
+        It cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{path}: no folder for results can be made there ({error.strerror}); name another"
+        ) from None

@@ -22,6 +22,8 @@ from anomalyst.scoring import Calibration, Decision, normals_needed
 from anomalyst.types import BoolArray, ByteArray, Region, ScoreMap, Verdict
 
 _SHORT_SIDE = 320
+_STRIP_SIDE = 112
+_STRIP_GAP = 3
 _JPEG_QUALITY = 80
 _GROUP = 8  # images of each of the three groups
 _NOT_DEFINED = "\N{EN DASH}"
@@ -57,6 +59,8 @@ class ReportImage:
         None when the detector is not calibrated for the category.
     picture, overlay
         JPEG or PNG files from `illustrate`; needed only for the images that `gallery` names.
+    attention
+        A JPEG file from `attention_strip`; None where the method has none to show.
     has_mask
         Whether the overlay outlines a ground truth.
     """
@@ -69,6 +73,7 @@ class ReportImage:
     verdict: Verdict | None = None
     picture: bytes | None = None
     overlay: bytes | None = None
+    attention: bytes | None = None
     has_mask: bool = False
 
 
@@ -159,10 +164,10 @@ def gallery(images: Sequence[ReportImage]) -> Gallery:
     return Gallery(tuple(normal), tuple(lowest), tuple(typical[:_GROUP]))
 
 
-def thumbnail(image: ByteArray) -> ByteArray:
-    """Return uint8 ``[H, W, 3]`` reduced to a short side of at most 320 pixels."""
+def thumbnail(image: ByteArray, short_side: int = _SHORT_SIDE) -> ByteArray:
+    """Return uint8 ``[H, W, 3]`` reduced to a short side of at most so many pixels."""
     height, width = image.shape[:2]
-    scale = min(1.0, _SHORT_SIDE / min(height, width))
+    scale = min(1.0, short_side / min(height, width))
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS))
 
@@ -201,6 +206,23 @@ def illustrate(
         truth = np.asarray(share) > 0
     overlay = heat_overlay(small, score_map.at(height, width), unit, scaled, truth)
     return jpeg(small), jpeg(overlay)
+
+
+def attention_strip(image: ByteArray, maps: Sequence[ScoreMap]) -> bytes:
+    """Return the image under each of the maps, side by side, as a JPEG file.
+
+    Each map is coloured up to its own maximum: it shows where the method looked, and is no score.
+    ``image`` is uint8 ``[H, W, 3]`` of the original size.
+    """
+    small = thumbnail(image, _STRIP_SIDE)
+    height, width = small.shape[:2]
+    gap = np.full((height, _STRIP_GAP, 3), 255, dtype=np.uint8)
+    parts: list[ByteArray] = []
+    for single in maps:
+        full = single.at(height, width)
+        peak = float(full.max())
+        parts += [gap, heat_overlay(small, full, peak / 2, ()) if peak > 0 else small]
+    return jpeg(np.concatenate(parts[1:], axis=1))
 
 
 def write_report(path: Path, report: ReportData) -> None:

@@ -12,7 +12,7 @@ from anomalyst.scoring import Decision
 from anomalyst.training_setup import Precision, TrainingSetup
 
 # Settings of the detector that `--set` reaches beside the method's own options.
-_DETECTOR_KEYS = ("layers", "resize", "square")
+DETECTOR_KEYS = ("layers", "resize", "square")
 
 
 def detector_settings(
@@ -46,7 +46,7 @@ def detector_settings(
         key, equals, value = pair.partition("=")
         if not equals:
             raise InputError(f"--set {pair!r}: write it as KEY=VALUE")
-        if key in _DETECTOR_KEYS:
+        if key in DETECTOR_KEYS:
             chosen[key] = _detector_value(key, value)
         else:
             chosen["options"][key] = value

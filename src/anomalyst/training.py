@@ -7,6 +7,7 @@ state and step number are all that a checkpoint needs: resumed training ends at 
 
 from __future__ import annotations
 
+import copy
 import math
 import signal
 import threading
@@ -14,8 +15,10 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
+import numpy.typing as npt
 import torch
 from lightning.fabric import Fabric
 from torch import Tensor, nn
@@ -114,9 +117,20 @@ def train(
     )
     if many:
         # Bars cannot cross to other processes: their log says how far they are.
-        work: Any = _work
-        state = fabric.launch(work, network, source, options, plan, seed, run, None)
-        network.load_state_dict(state)
+        # One object, because Fabric looks into the arguments and stumbles over frozen ones.
+        state = fabric.launch(
+            partial(
+                _work,
+                network=network,
+                source=source,
+                options=options,
+                plan=plan,
+                seed=seed,
+                run=run,
+                progress=None,
+            )
+        )
+        network.load_state_dict({name: torch.from_numpy(value) for name, value in state.items()})
     else:
         _work(fabric, network, source, options, plan, seed, run, progress)
     network.eval()
@@ -131,8 +145,14 @@ def _work(
     seed: int,
     run: TrainingRun | None,
     progress: Progress | None,
-) -> dict[str, Tensor]:
-    """Run the loop in one process and return the trained tensors on the CPU."""
+) -> dict[str, npt.NDArray[Any]]:
+    """Run the loop in one process and return the trained weights.
+
+    As arrays: a tensor shared with another process is gone when that one ends.
+    """
+    if fabric.world_size > 1:
+        # Tensors reach another process in shared memory: all would step on the same weights.
+        network = copy.deepcopy(network)
     objective = _Objective(network)
     optimizer = StableAdamW(network.parameters(), weight_decay=options.weight_decay)
     first = run.restore(network, optimizer) if run else 0
@@ -153,7 +173,7 @@ def _work(
             norm = fabric.clip_gradients(
                 model, stepper, max_norm=options.clip, error_if_nonfinite=False
             )
-            found = {name: value.item() for name, value in losses.items()}
+            found = {name: _mean(fabric, value) for name, value in losses.items()}
             _require_finite(step, found["loss"], float(norm if norm is not None else 0.0), run)
             stepper.step()
             spent = time.perf_counter() - began
@@ -166,7 +186,14 @@ def _work(
                 left = spent / (step + 1 - first) * (plan.steps - step - 1)
                 note = f"loss {found['loss']:.4f}, {_duration(left)} left"
                 progress("train", step + 1, plan.steps, note)
-    return {name: tensor.detach().cpu() for name, tensor in network.state_dict().items()}
+    return {name: tensor.cpu().numpy() for name, tensor in network.state_dict().items()}
+
+
+def _mean(fabric: Fabric, value: Tensor) -> float:
+    """Return a loss's mean over the processes, whose batches are equally large."""
+    mean = fabric.all_reduce(value.detach(), reduce_op="mean")
+    assert isinstance(mean, Tensor)
+    return mean.item()
 
 
 @contextmanager

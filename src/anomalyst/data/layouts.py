@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -128,7 +128,17 @@ def load_training(
     layout: str | None = None,
     categories: Sequence[str] | None = None,
 ) -> tuple[Sample, ...]:
-    """List the training samples of one data set, or of several together.
+    """List the training samples of one data set, or of several together; see `load_together`."""
+    return load_together(roots, layout=layout, categories=categories).train
+
+
+def load_together(
+    roots: Sequence[str | Path],
+    *,
+    layout: str | None = None,
+    categories: Sequence[str] | None = None,
+) -> Dataset:
+    """List the samples of one data set, or of several as if they were one.
 
     A category that several of them have is named ``DATASET/CATEGORY`` after its folder.
 
@@ -137,22 +147,31 @@ def load_training(
     InputError
         As `load_dataset`; or two data sets' folders have one name and a category in common.
     """
+    if not roots:
+        raise InputError("no data set: give one folder or more")
     found = [load_dataset(root, layout=layout, categories=categories) for root in roots]
+    if len(found) == 1:
+        return found[0]
     names = [name for data in found for name in data.categories]
     shared = {name for name in names if names.count(name) > 1}
-    samples: list[Sample] = []
-    full_names: set[str] = set()
+    renamed: list[Dataset] = []
     for data in found:
         full = {name: f"{data.root.resolve().name}/{name}" for name in data.categories}
         full = {name: full[name] if name in shared else name for name in full}
-        if full_names & set(full.values()):
+        if any(name in other.categories for other in renamed for name in full.values()):
             raise InputError(
                 f"{display_name(data.root)}: another data set's folder has the same name and "
                 f"categories; rename one of the folders"
             )
-        full_names |= set(full.values())
-        samples += [replace(s, category=full.get(s.category or "")) for s in data.train]
-    return tuple(samples)
+        renamed.append(_renamed(data, full))
+    layouts = {data.layout for data in found}
+    return Dataset(
+        found[0].root,
+        layouts.pop() if len(layouts) == 1 else "several",
+        tuple(name for data in renamed for name in data.categories),
+        tuple(sample for data in renamed for sample in data.train),
+        tuple(sample for data in renamed for sample in data.test),
+    )
 
 
 def few_shot(samples: Sequence[Sample], shots: int, seed: int) -> tuple[Sample, ...]:
@@ -203,6 +222,15 @@ def hold_out(
         held.update(sample.path for sample in normal[len(normal) - count :])
     kept = tuple(sample for sample in samples if sample.path not in held)
     return kept, tuple(sample for sample in samples if sample.path in held)
+
+
+def _renamed(data: Dataset, names: Mapping[str, str]) -> Dataset:
+    """Return the data set with other names for its categories."""
+    train, test = (
+        tuple(replace(sample, category=names.get(sample.category or "")) for sample in samples)
+        for samples in (data.train, data.test)
+    )
+    return replace(data, categories=tuple(names.values()), train=train, test=test)
 
 
 def _require_folder(root: Path) -> None:

@@ -139,7 +139,7 @@ def _read_file(path: Path, spec: BackboneSpec) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     if path.suffix in _CHECKPOINTS:
-        return _read_checkpoint(path)
+        return read_checkpoint(path)
     if path.suffix == ".onnx" and spec.packaged:
         return packaged.read_onnx(path)
     raise InputError(
@@ -168,7 +168,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _read_checkpoint(path: Path) -> dict[str, Tensor]:
+def read_checkpoint(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a legacy PyTorch file, which may hold nothing else."""
     import torch
 

@@ -137,9 +137,14 @@ class Method(ABC):
     def heat_unit(self, category: str | None) -> float:
         """Return a map value that deserves a strong colour where nothing is calibrated."""
 
-    def attention_maps(self, features: Sequence[Tensor]) -> Tensor | None:
-        """Return maps ``[B, M, h, w]`` that show what the method looked at, for the report."""
-        return None
+    @property
+    def explains(self) -> bool:
+        """Whether `attention_maps` has something to show in the report."""
+        return False
+
+    def attention_maps(self, features: Sequence[Tensor]) -> Tensor:
+        """Return maps ``[B, M, h, w]``, none negative, of M things that the method looked at."""
+        raise ValueError(f"{self.name} has no attention maps")
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:

@@ -157,11 +157,13 @@ class InpFormer(TrainedMethod):
             maps = reconstruction_distance(features, self.network.reconstruct(features))
         return maps, image_score(maps, self.backbone.stride)
 
+    @property
+    def explains(self) -> bool:
+        return self.options.prototypes > 0
+
     @torch.inference_mode()
-    def attention_maps(self, features: Sequence[Tensor]) -> Tensor | None:
+    def attention_maps(self, features: Sequence[Tensor]) -> Tensor:
         """Return what each INP stands for, ``[B, M, h, w]``: attention of decoder block 4."""
-        if not self.options.prototypes:
-            return None
         tokens = self.network.fuse(features)
         prototypes = self.network.extractor(tokens)
         x = self.network.bottleneck(tokens)
@@ -334,10 +336,12 @@ class GuidedBlock(nn.Module):
 
     def _weights(self, x: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor]:
         q, k, v = self.attn.split(self.norm1(x), self.norm1(prototypes))
-        if self.options.similarity == "cosine":
-            q = functional.normalize(q, dim=-1)
-            k = functional.normalize(k, dim=-1) * self.scale
-        return functional.relu(q @ k.transpose(2, 3)), v
+        if self.options.similarity == "dot":
+            return functional.relu(q @ k.transpose(2, 3)), v
+        k = functional.normalize(k, dim=-1) * self.scale
+        # Dividing the M products of a token is cheaper than the d values of its query.
+        length = q.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+        return functional.relu(q @ k.transpose(2, 3) / length), v
 
 
 class PlainBlock(nn.Module):
@@ -368,9 +372,7 @@ def _norm(width: int, bare: bool) -> nn.Module:
 def group_means(maps: Sequence[Tensor], groups: int) -> list[Tensor]:
     """Return the means of ``groups`` equal runs of maps."""
     size = len(maps) // groups
-    if size == 1:
-        return list(maps)
-    return [torch.stack(list(maps[k : k + size])).mean(0) for k in range(0, len(maps), size)]
+    return [sum(maps[k + 1 : k + size], maps[k]) / size for k in range(0, len(maps), size)]
 
 
 def nearest_distance(tokens: Tensor, prototypes: Tensor) -> Tensor:

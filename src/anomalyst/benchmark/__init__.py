@@ -1,0 +1,1 @@
+"""Protocols, methods, variants, shots, seeds and categories to a table of figures."""

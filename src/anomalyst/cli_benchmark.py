@@ -1,0 +1,47 @@
+"""The command `anomalyst benchmark`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from anomalyst.console import progress, say, show_json, show_table
+
+
+def benchmark(
+    config: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped one.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the results.")],
+    data: Annotated[
+        list[Path] | None, typer.Option(help="Training data, not the config's; repeatable.")
+    ] = None,
+    test: Annotated[
+        list[Path] | None, typer.Option(help="Test data, not the config's; repeatable.")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Training steps, not the config's.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    feature_cache: Annotated[
+        Path | None, typer.Option(help="Keep frozen features here (default: OUTPUT/features).")
+    ] = None,
+    offline: Annotated[bool, typer.Option("--offline", help="Forbid downloads.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
+) -> None:
+    """Measure methods and variants over seeds and categories: results.csv and results.md."""
+    from anomalyst.benchmark.config import load_config
+    from anomalyst.benchmark.runner import Machine, run_benchmark
+    from anomalyst.benchmark.tables import COLUMNS, rows_of
+
+    wanted = load_config(config, data=data or (), test=test or (), steps=steps)
+    machine = Machine(device, offline, feature_cache)
+    outcomes = run_benchmark(wanted, output, machine, watch=progress, tell=say)
+    rows = rows_of(outcomes)
+    if as_json:
+        show_json({"title": wanted.title, "results": [row.summary() for row in rows]})
+    else:
+        show_table(COLUMNS, [row.texts() for row in rows])
+        print(output / "results.md")
+    if any(outcome.error is not None for outcome in outcomes):
+        raise typer.Exit(2)
