@@ -165,17 +165,10 @@ def fit(
     from anomalyst.promises import require_held_out
     from anomalyst.settings import detector_settings, given_decision, training_setup
 
+    given: Any = {"backbone": backbone, "image_size": image_size, "epochs": epochs, "steps": steps}
     detector = Detector(
         method,
-        **detector_settings(
-            method,
-            preset,
-            settings or [],
-            backbone=backbone,
-            image_size=image_size,
-            epochs=epochs,
-            steps=steps,
-        ),
+        **detector_settings(method, preset, settings or [], **given),
         weights=weights,
         seed=seed,
         decision=given_decision(alpha, alpha_review),
@@ -183,21 +176,22 @@ def fit(
         offline=offline,
         feature_cache=_cache(feature_cache),
     )
-    setup = training_setup(
-        method, output, resume=resume, tensorboard=tensorboard, devices=devices, precision=precision
-    )
-    training = load_training(data, layout=layout, categories=category)
+    setup = training_setup(method, output, resume, tensorboard, devices, precision)
     check_destination(output)
+    training = load_training(data, layout=layout, categories=category)
     require_held_out(training, calibration, (alpha, alpha_review))
-    with progress() as advance:
-        detector.fit(
-            training, shots=shots, calibration=calibration, training=setup, progress=advance
-        )
-    if len(data) > 1 and detector.setting == "multi":
+    with progress() as tell:
+        detector.fit(training, shots=shots, calibration=calibration, training=setup, progress=tell)
+    _keep_fitted(detector, setup, output, several=len(data) > 1)
+    _tell_state(detector, output, as_json)
+
+
+def _keep_fitted(detector: Any, setup: Any, output: Path, several: bool) -> None:
+    """Save the detector, and then remove what only its training needed."""
+    if several and detector.setting == "multi":
         detector.setting = "super-multi"
     detector.save(output)
     setup.finish()
-    _tell_state(detector, output, as_json)
 
 
 @app.command()

@@ -64,7 +64,6 @@ def detector_settings(
 def training_setup(
     method: str,
     output: Path,
-    *,
     resume: bool,
     tensorboard: bool,
     devices: int,

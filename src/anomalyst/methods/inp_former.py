@@ -25,7 +25,7 @@ paper: grids of any shape, and ``stored`` prototypes (`enroll`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from math import pi
 from typing import Any, ClassVar, Literal
@@ -422,7 +422,7 @@ def smoothed_map(maps: Tensor, stride: int) -> Tensor:
     small = functional.interpolate(
         full, (round(height * scale), round(width * scale)), mode="bilinear"
     )
-    line = torch.exp(-0.5 * (torch.arange(-2.0, 3.0, device=maps.device) / 4) ** 2)
+    line = torch.exp(-0.5 * (torch.arange(-2, 3).to(maps) / 4) ** 2)
     kernel = torch.outer(line, line)
     kernel = kernel / kernel.sum()
     return functional.conv2d(small, kernel[None, None], padding=2)[:, 0]
@@ -448,11 +448,10 @@ def variants() -> tuple[View, ...]:
     Eight small rotations, eight shifts, the mirrored and the grey image, three quarter turns; made
     from the normalised image, as there.
     """
-    changes: list[Callable[[Tensor], Tensor]] = [
-        *(Affine(angle=sign * k * pi / 16) for k in range(1, 5) for sign in (1, -1)),
-        *(Affine(right=x * s, down=y * s) for s in (0.2, 0.1) for x in (1, -1) for y in (1, -1)),
-        Affine(mirror=True),
-        _grey,
-        *(Affine(angle=k * pi / 2) for k in range(1, 4)),
-    ]
-    return (PLAIN, *(View(f"variant {k}", change) for k, change in enumerate(changes, start=1)))
+    small = [Affine(angle=sign * k * pi / 16) for k in range(1, 5) for sign in (1, -1)]
+    corners = [(size * x, size * y) for size in (0.2, 0.1) for x in (1, -1) for y in (1, -1)]
+    shifts = [Affine(right=right, down=down) for right, down in corners]
+    quarters = [Affine(angle=k * pi / 2) for k in range(1, 4)]
+    first = [View(str(change), change) for change in (*small, *shifts, Affine(mirror=True))]
+    last = [View(str(change), change) for change in quarters]
+    return (PLAIN, *first, View("grey", _grey), *last)

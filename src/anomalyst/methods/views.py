@@ -42,11 +42,12 @@ class Affine:
         height, width = images.shape[-2:]
         cosine, sine = (f(torch.tensor(self.angle)).item() for f in (torch.cos, torch.sin))
         flip = -1.0 if self.mirror else 1.0
+        # The matrix leads from the new picture to the old one, hence the shifts' signs.
         # Grid coordinates run over [-1, 1] on either axis, hence the aspect ratio off the diagonal.
         matrix = images.new_tensor(
             [
-                [flip * cosine, -sine * height / width, self.right],
-                [flip * sine * width / height, cosine, self.down],
+                [flip * cosine, -sine * height / width, -self.right],
+                [flip * sine * width / height, cosine, -self.down],
             ]
         )
         grid = functional.affine_grid(
