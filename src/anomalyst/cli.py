@@ -159,16 +159,13 @@ def fit(
     as_json: Json = False,
 ) -> None:
     """Make a detector from good images and write it as a bundle."""
-    from anomalyst.bundle import check_destination
-    from anomalyst.data.layouts import load_training
     from anomalyst.detector import Detector
-    from anomalyst.promises import require_held_out
+    from anomalyst.fitting import fit_bundle
     from anomalyst.settings import detector_settings, given_decision, training_setup
 
-    given: Any = {"backbone": backbone, "image_size": image_size, "epochs": epochs, "steps": steps}
     detector = Detector(
         method,
-        **detector_settings(method, preset, settings or [], **given),
+        **detector_settings(method, preset, settings or [], backbone, image_size, epochs, steps),
         weights=weights,
         seed=seed,
         decision=given_decision(alpha, alpha_review),
@@ -176,22 +173,18 @@ def fit(
         offline=offline,
         feature_cache=_cache(feature_cache),
     )
-    setup = training_setup(method, output, resume, tensorboard, devices, precision)
-    check_destination(output)
-    training = load_training(data, layout=layout, categories=category)
-    require_held_out(training, calibration, (alpha, alpha_review))
+    training = training_setup(method, output, resume, tensorboard, devices, precision)
+    levels = (alpha, alpha_review)
+    wanted: Any = {"shots": shots, "layout": layout, "categories": category, "levels": levels}
     with progress() as tell:
-        detector.fit(training, shots=shots, calibration=calibration, training=setup, progress=tell)
-    _keep_fitted(detector, setup, output, several=len(data) > 1)
+        fit_bundle(detector, data, output, training, calibration, progress=tell, **wanted)
     _tell_state(detector, output, as_json)
 
 
-def _keep_fitted(detector: Any, setup: Any, output: Path, several: bool) -> None:
-    """Save the detector, and then remove what only its training needed."""
-    if several and detector.setting == "multi":
-        detector.setting = "super-multi"
-    detector.save(output)
-    setup.finish()
+def _keep(detector: Any, bundle: Path, as_json: bool) -> None:
+    """Save the detector, and tell where it is and what it can promise."""
+    detector.save(bundle)
+    _tell_state(detector, bundle, as_json)
 
 
 @app.command()
@@ -220,8 +213,7 @@ def enroll(
     pairs = [(path, masks[k] if masks else None) for k, path in enumerate(bad)]
     with progress() as advance:
         detector.enroll(category, images, pairs, advance)
-    detector.save(bundle)
-    _tell_state(detector, bundle, as_json)
+    _keep(detector, bundle, as_json)
 
 
 @app.command()
@@ -247,8 +239,7 @@ def calibrate(
     with progress() as advance:
         used = detector.calibrate(belonging(detector, found, found.train, category), advance)
     require_levels(detector, (alpha, alpha_review), used)
-    detector.save(bundle)
-    _tell_state(detector, bundle, as_json)
+    _keep(detector, bundle, as_json)
 
 
 @app.command()
@@ -353,8 +344,7 @@ def convert(
 
     check_destination(output)
     detector = convert_inp_former(checkpoint, image_size=image_size, resize=resize)
-    detector.save(output)
-    _tell_state(detector, output, as_json)
+    _keep(detector, output, as_json)
 
 
 @app.command()

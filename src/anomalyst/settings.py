@@ -19,7 +19,6 @@ def detector_settings(
     method: str,
     preset: str | None,
     pairs: Sequence[str],
-    *,
     backbone: str = "auto",
     image_size: int | None = None,
     epochs: int | None = None,

@@ -1,0 +1,54 @@
+"""From data sets to a bundle: every check before the long work, the bundle at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from anomalyst.bundle import check_destination
+from anomalyst.data.layouts import load_training
+from anomalyst.detector import Detector
+from anomalyst.promises import require_held_out
+from anomalyst.training_setup import TrainingSetup
+from anomalyst.types import Progress
+
+
+def fit_bundle(
+    detector: Detector,
+    roots: Sequence[Path],
+    output: Path,
+    training: TrainingSetup,
+    calibration: float = 0.2,
+    *,
+    shots: int | None = None,
+    layout: str | None = None,
+    categories: Sequence[str] | None = None,
+    levels: Sequence[float | None] = (),
+    progress: Progress | None = None,
+) -> None:
+    """Fit the detector on one or several data sets together and save it.
+
+    Parameters
+    ----------
+    roots
+        Folders of data sets.
+    levels
+        False-reject rates that the calibration must be able to promise.
+    training, shots, calibration, progress
+        As `Detector.fit`.
+
+    Raises
+    ------
+    InputError
+        As `load_training`, `Detector.fit` and `Detector.save`; or a level cannot be promised.
+    """
+    check_destination(output)
+    samples = load_training(roots, layout=layout, categories=categories)
+    require_held_out(samples, calibration, levels)
+    detector.fit(
+        samples, shots=shots, calibration=calibration, training=training, progress=progress
+    )
+    if len(roots) > 1 and detector.setting == "multi":
+        detector.setting = "super-multi"
+    detector.save(output)
+    training.finish()
