@@ -90,17 +90,23 @@ def belonging(
     """Return those samples of a data set that belong to the detector's (or ``wanted``) categories.
 
     A plain folder names no product: its images stand for the only category that they can be of.
+    Where the detector learned several data sets together, a category that they share is looked for
+    as ``DATASET/CATEGORY`` too.
 
     Raises
     ------
     InputError
         A wanted category was not enrolled, or no sample belongs to any.
     """
+    joint = {name: f"{data.root.resolve().name}/{name}" for name in data.categories}
+    full = {name: joint[name] for name in joint if joint[name] in detector.references}
+    samples = [replace(s, category=full.get(s.category or "", s.category)) for s in samples]
+    known = {full.get(name, name) for name in data.categories}
     names = list(wanted or detector.categories)
     for name in names:
         if not detector.knows(name):
             raise unknown("category", name, detector.references)
-    if not detector.spec.needs_category and not {*names} & {*data.categories}:
+    if not detector.spec.needs_category and not {*names} & known:
         names = list(data.categories)  # judged without having been trained on
     nameless = wanted is not None or data.layout == "folder"
     if nameless and len(data.categories) == 1 and len(names) == 1:
