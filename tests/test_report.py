@@ -312,3 +312,25 @@ def test_importing_loads_neither_torch_nor_matplotlib_nor_jinja2() -> None:
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+def test_a_strip_shows_the_image_once_for_each_map_at_its_own_maximum() -> None:
+    from io import BytesIO
+
+    from anomalyst.report import attention_strip
+
+    grey = np.full((224, 448, 3), 128, dtype=np.uint8)
+    left = np.zeros((4, 8), dtype=np.float32)
+    left[:, :2] = 1e-6
+    size = (224, 448)
+    maps = [
+        ScoreMap(values, size, 0.0, (0.0, 0.0, 224.0, 448.0))
+        for values in (left, np.zeros((4, 8), dtype=np.float32), 1000 * left[:, ::-1])
+    ]
+    strip = np.asarray(Image.open(BytesIO(attention_strip(grey, maps)))).astype(int)
+    assert strip.shape == (112, 3 * 224 + 2 * 3, 3)
+    panels = [strip[:, k * 227 : k * 227 + 224] for k in range(3)]
+    coloured = [np.abs(panel - 128).max(axis=2) > 40 for panel in panels]
+    assert coloured[0][:, :40].all() and not coloured[0][:, 100:].any()
+    assert not coloured[1].any()
+    assert coloured[2][:, -40:].all() and not coloured[2][:, :100].any()

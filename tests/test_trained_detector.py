@@ -203,7 +203,8 @@ def test_fit_evaluate_predict(monkeypatch, deep_weights, make_parts, tmp_path: P
     assert run(monkeypatch, "evaluate", bundle, data, "-o", tmp_path / "results") == 0
     metrics = json.loads((tmp_path / "results" / "metrics.json").read_text())
     assert metrics["setting"] == "multi" and metrics["options"]["steps"] == 5
-    assert "prototypes" in (tmp_path / "results" / "report.html").read_text()
+    page = (tmp_path / "results" / "report.html").read_text()
+    assert page.count('<img class="strip"') == 12, "one for each picture that is shown"
     assert run(monkeypatch, "predict", bundle, data / "plate" / "test", "-o", tmp_path / "out") == 0
     assert len((tmp_path / "out" / "predictions.jsonl").read_text().splitlines()) == 6
 

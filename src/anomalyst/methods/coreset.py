@@ -52,6 +52,31 @@ def k_centre(points: Tensor, count: int, start: int) -> Tensor:
     return torch.cat(selected)
 
 
+def thin_out(points: Tensor, count: int, dimensions: int, seed: int) -> Tensor:
+    """Return the indices of a `k_centre` selection made on a seeded random projection.
+
+    Parameters
+    ----------
+    points
+        ``[N, C]``.
+    count
+        How many to select; all of them, in their order, where there are no more.
+    dimensions
+        Of the projection (Johnson-Lindenstrauss); none is made where C is no larger.
+    seed
+        Draws the projection and the first point.
+    """
+    if count >= len(points):
+        return torch.arange(len(points), device=points.device)
+    random = torch.Generator().manual_seed(seed)
+    width = points.shape[1]
+    start = int(torch.randint(len(points), (1,), generator=random))
+    if dimensions >= width:
+        return k_centre(points, count, start)
+    projection = torch.randn(width, dimensions, generator=random).to(points) / dimensions**0.5
+    return k_centre(points @ projection, count, start)
+
+
 def _refresh(bound: Tensor, points: Tensor, squares: Tensor, chosen: Tensor) -> None:
     """Lower every squared distance ``[N]`` to that of the nearest newly chosen point."""
     centres = points[chosen]

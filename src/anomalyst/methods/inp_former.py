@@ -20,7 +20,8 @@ With :math:`f_1 \dots f_8` the maps of eight tapped blocks of a frozen vision tr
 
 Where the paper and the code differ, the defaults are the code's; ``fusion``, ``similarity``,
 ``skip``, ``bare``, ``heads``, ``groups`` and ``augment`` give the paper's equations. Beyond the
-paper: grids of any shape, and ``stored`` prototypes (`enroll`).
+paper: grids of any shape; and what it names as future work, prototypes ``stored`` at enrolment
+beside the image's own, against defects that resemble normal parts of the image.
 """
 
 from __future__ import annotations
@@ -38,12 +39,16 @@ from torch.nn import functional
 from anomalyst.errors import InputError
 from anomalyst.features.backbones import BackboneSpec
 from anomalyst.methods.base import Condenser, MethodOptions, TrainedMethod, TrainingOptions
+from anomalyst.methods.coreset import thin_out
 from anomalyst.methods.losses import average_over_processes
+from anomalyst.methods.memory_bank import Banks, nearest_cosine
 from anomalyst.methods.views import PLAIN, Affine, View
 
 _TAPS = 8
 _SIDE = 256  # pixels of the map that the image score is taken from
 _TOP = 0.01
+_PROJECTION = 128  # dimensions in which stored prototypes are spread out
+_STORED = "stored."
 
 
 class InpFormerOptions(TrainingOptions):
@@ -68,6 +73,9 @@ class InpFormerOptions(TrainingOptions):
     bare: bool = Field(False, description="no layer norms or output projections, as the equations")
     heads: int = Field(0, ge=0, description="attention heads; 0: one for 64 channels; paper: 1")
     groups: Literal[2, 8] = Field(2, description="groups of layers compared; paper's eq. 4: 8")
+    stored: int = Field(
+        0, ge=0, description="stored prototypes a category, beside the image's own (ours)"
+    )
     augment: Literal["few-shot", "always", "never"] = Field(
         "few-shot", description="when each image is trained on in 22 fixed variants"
     )
@@ -86,6 +94,11 @@ class InpFormer(TrainedMethod):
             "image_size": 392,
             "resize": 448,
             "square": True,
+        },
+        # Half an hour on two processor cores (docs/benchmarks.md).
+        "fast": {
+            "image_size": 224,
+            "options": {"steps": 2000, "batch_size": 8, "stored": 2000},
         },
     }
     options: InpFormerOptions
@@ -114,6 +127,7 @@ class InpFormer(TrainedMethod):
                 f"option heads={heads} of inp-former: give a divisor of the {width} channels"
             )
         self.network = InpNetwork(width, heads, self.options, seed)
+        self._stored = Banks()
 
     @classmethod
     def default_layers(cls, backbone: BackboneSpec) -> tuple[int, ...]:
@@ -145,7 +159,12 @@ class InpFormer(TrainedMethod):
         return variants() if many else (PLAIN,)
 
     def enroll(self, category: str, views: Sequence[Sequence[Tensor]]) -> None:
-        """Nothing is kept of references: the prototypes are the image's own."""
+        """Keep ``stored`` prototypes: tokens F_Q of the references, of unit length, spread out."""
+        if self.options.stored:
+            tokens = torch.cat([self.network.fuse(maps).flatten(0, 1) for maps in views])
+            unit = functional.normalize(tokens, dim=1)
+            kept = thin_out(unit, self.options.stored, _PROJECTION, self.seed)
+            self._stored.add(category, unit[kept])
 
     @torch.inference_mode()
     def score(self, features: Sequence[Tensor], category: str | None) -> tuple[Tensor, Tensor]:
@@ -155,7 +174,31 @@ class InpFormer(TrainedMethod):
             maps = distance.view(len(distance), *features[0].shape[-2:])  # (B, N) -> (B, h, w)
         else:
             maps = reconstruction_distance(features, self.network.reconstruct(features))
+            maps = self._with_stored(maps, features)
         return maps, image_score(maps, self.backbone.stride)
+
+    def _with_stored(self, maps: Tensor, features: Sequence[Tensor]) -> Tensor:
+        """Return the geometric mean of the map and the distance to the nearest stored prototype.
+
+        Of any category, as the category is not known. The mean of logarithms does not ask which of
+        the two distances is the larger one, and that changes while training goes on.
+        """
+        bank = self._stored.joint
+        if bank is None:
+            return maps
+        unit = functional.normalize(self.network.fuse(features), dim=2).flatten(0, 1)
+        distance, _ = nearest_cosine(unit, bank)
+        return (maps * distance.clamp(min=0).view_as(maps)).sqrt()
+
+    def tensors(self) -> dict[str, Tensor]:
+        stored = {f"{_STORED}{name}": bank for name, bank in self._stored.tensors().items()}
+        return super().tensors() | stored
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        super().load_tensors(tensors)
+        self._stored.load(
+            {k.removeprefix(_STORED): v for k, v in tensors.items() if k.startswith(_STORED)}
+        )
 
     @property
     def explains(self) -> bool:

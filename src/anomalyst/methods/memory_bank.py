@@ -68,6 +68,7 @@ class Banks:
 
     def __init__(self) -> None:
         self._banks: dict[str, Tensor] = {}
+        self._joint: Tensor | None = None
 
     @property
     def categories(self) -> tuple[str, ...]:
@@ -78,11 +79,19 @@ class Banks:
         """Append patches ``[M, C]`` to the category's bank."""
         kept = [self._banks[category]] if category in self._banks else []
         self._banks[category] = torch.cat([*kept, patches])
+        self._joint = None
 
     def __getitem__(self, category: str | None) -> Tensor:
         if category is None or category not in self._banks:
             raise unknown("category", category or "", self._banks)
         return self._banks[category]
+
+    @property
+    def joint(self) -> Tensor | None:
+        """The patches of all categories, None without any."""
+        if self._joint is None and self._banks:
+            self._joint = torch.cat(list(self._banks.values()))
+        return self._joint
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the banks by category, for the bundle."""
@@ -91,6 +100,7 @@ class Banks:
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Replace all banks."""
         self._banks = dict(tensors)
+        self._joint = None
 
 
 def top_mean(maps: Tensor, share: float) -> Tensor:

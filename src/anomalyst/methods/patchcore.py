@@ -32,7 +32,7 @@ from torch.nn import functional
 from anomalyst.errors import InputError
 from anomalyst.features.backbones import BackboneSpec
 from anomalyst.methods.base import Method, MethodOptions
-from anomalyst.methods.coreset import k_centre
+from anomalyst.methods.coreset import thin_out
 from anomalyst.methods.memory_bank import (
     Banks,
     nearest_euclidean,
@@ -88,19 +88,8 @@ class PatchCore(Method):
     def enroll(self, category: str, views: Sequence[Sequence[Tensor]]) -> None:
         patches = torch.cat([to_patches(self.embed(features)) for features in views])
         count = max(int(len(patches) * self.options.coreset), 1)
-        if count < len(patches):
-            patches = patches[self._select(patches, count)]
-        self._banks.add(category, patches)
-
-    def _select(self, patches: Tensor, count: int) -> Tensor:
-        """Return the coreset's indices, selected on a seeded random projection."""
-        random = torch.Generator().manual_seed(self.seed)
-        width, target = patches.shape[1], self.options.projection
-        start = int(torch.randint(len(patches), (1,), generator=random))
-        if target >= width:
-            return k_centre(patches, count, start)
-        projection = torch.randn(width, target, generator=random).to(patches) / target**0.5
-        return k_centre(patches @ projection, count, start)
+        kept = thin_out(patches, count, self.options.projection, self.seed)
+        self._banks.add(category, patches[kept])
 
     def score(self, features: Sequence[Tensor], category: str | None) -> tuple[Tensor, Tensor]:
         embedded = self.embed(features)
