@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from anomalyst.methods.inp_former import variants
-from anomalyst.methods.views import PLAIN, Affine
+from anomalyst.methods.views import PLAIN, Affine, variants
 
 
 def noise(height: int, width: int, seed: int = 0) -> Tensor:

@@ -88,5 +88,6 @@ def progress() -> Iterator[Progress]:
 
 
 def _tell_tenths(stage: str, done: int, total: int, note: str = "") -> None:
-    if total >= 20 and done * 10 // total != (done - 1) * 10 // total:
+    early = bool(note) and done == 10 and total >= 100  # a tenth of a long training is hours away
+    if early or (total >= 20 and done * 10 // total != (done - 1) * 10 // total):
         say(f"{stage} {done}/{total}" + (f", {note}" if note else ""))

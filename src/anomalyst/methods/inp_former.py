@@ -28,7 +28,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from math import pi
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -42,7 +41,7 @@ from anomalyst.methods.base import Condenser, MethodOptions, TrainedMethod, Trai
 from anomalyst.methods.coreset import thin_out
 from anomalyst.methods.losses import average_over_processes
 from anomalyst.methods.memory_bank import Banks, nearest_cosine
-from anomalyst.methods.views import PLAIN, Affine, View
+from anomalyst.methods.views import PLAIN, View, variants
 
 _TAPS = 8
 _SIDE = 256  # pixels of the map that the image score is taken from
@@ -218,7 +217,9 @@ class InpFormer(TrainedMethod):
         return weights.transpose(1, 2).reshape(len(x), -1, *features[0].shape[-2:])
 
     def heat_unit(self, category: str | None) -> float:
-        return 0.5 if self.options.score == "prototypes" else 0.2
+        if self.options.score == "prototypes":
+            return 0.5
+        return 0.1 if self.options.stored else 0.2
 
 
 # ---- the network --------------------------------------------------------------------------------
@@ -475,26 +476,3 @@ def image_score(maps: Tensor, stride: int) -> Tensor:
     """Return the mean ``[B]`` of the highest 1 % of the smoothed map's pixels."""
     pixels = smoothed_map(maps, stride).flatten(1)
     return pixels.topk(max(int(pixels.shape[1] * _TOP), 1), dim=1).values.mean(dim=1)
-
-
-# ---- the 22 variants of few-shot training -------------------------------------------------------
-
-
-def _grey(images: Tensor) -> Tensor:
-    luma = torch.tensor([0.299, 0.587, 0.114], device=images.device)
-    return (images * luma[:, None, None]).sum(1, keepdim=True).expand_as(images)
-
-
-def variants() -> tuple[View, ...]:
-    """Return the official code's 22 variants of an image, itself first.
-
-    Eight small rotations, eight shifts, the mirrored and the grey image, three quarter turns; made
-    from the normalised image, as there.
-    """
-    small = [Affine(angle=sign * k * pi / 16) for k in range(1, 5) for sign in (1, -1)]
-    corners = [(size * x, size * y) for size in (0.2, 0.1) for x in (1, -1) for y in (1, -1)]
-    shifts = [Affine(right=right, down=down) for right, down in corners]
-    quarters = [Affine(angle=k * pi / 2) for k in range(1, 4)]
-    first = [View(str(change), change) for change in (*small, *shifts, Affine(mirror=True))]
-    last = [View(str(change), change) for change in quarters]
-    return (PLAIN, *first, View("grey", _grey), *last)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import pi
 from typing import NamedTuple
 
 import torch
@@ -56,3 +57,23 @@ class Affine:
         return functional.grid_sample(
             images, grid, mode="bilinear", padding_mode="reflection", align_corners=False
         )
+
+
+def _grey(images: Tensor) -> Tensor:
+    luma = torch.tensor([0.299, 0.587, 0.114], device=images.device)
+    return (images * luma[:, None, None]).sum(1, keepdim=True).expand_as(images)
+
+
+def variants() -> tuple[View, ...]:
+    """Return 22 variants of an image to stretch a few shots by, itself first.
+
+    Those of INP-Former's official code: eight small rotations, eight shifts, the mirrored and the
+    grey image, three quarter turns; made from the normalised image, as there.
+    """
+    small = [Affine(angle=sign * k * pi / 16) for k in range(1, 5) for sign in (1, -1)]
+    corners = [(size * x, size * y) for size in (0.2, 0.1) for x in (1, -1) for y in (1, -1)]
+    shifts = [Affine(right=right, down=down) for right, down in corners]
+    quarters = [Affine(angle=k * pi / 2) for k in range(1, 4)]
+    first = [View(str(change), change) for change in (*small, *shifts, Affine(mirror=True))]
+    last = [View(str(change), change) for change in quarters]
+    return (PLAIN, *first, View("grey", _grey), *last)
