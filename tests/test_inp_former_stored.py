@@ -122,6 +122,7 @@ def test_every_head_has_its_own_name() -> None:
     assert [rename(name) for name in theirs] == list(names)
 
 
+@pytest.mark.slow
 def test_an_official_checkpoint_becomes_a_bundle(official: Path, tmp_path: Path) -> None:
     detector = convert_inp_former(official, image_size=56, resize=70)
     registers = "register_tokens" in str(torch.load(official, weights_only=True).keys())
@@ -170,6 +171,7 @@ def spoilt(official: Path, folder: Path, change: Callable[[dict[str, torch.Tenso
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -218,6 +218,32 @@ def test_the_log_has_one_line_a_step(tmp_path: Path) -> None:
     assert float(rows[5]["half"]) == pytest.approx(float(rows[5]["loss"]) / 2, rel=1e-6)
 
 
+def test_tensorboard_that_is_missing_is_said_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(InputError, match="pip install tensorboard"):
+        TrainingRun(tmp_path, tensorboard=True).prepare()
+
+
+def test_tensorboard_gets_every_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import SimpleNamespace
+
+    told: list[tuple[str, int]] = []
+
+    class Writer:
+        def __init__(self, folder: str) -> None:
+            assert folder == str(tmp_path)
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            told.append((name, step))
+
+    module = SimpleNamespace(SummaryWriter=Writer)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    trained(run=TrainingRun(tmp_path, tensorboard=True))
+    assert told.count(("loss", 11)) == 1 and len(told) == 12 * 4
+
+
 def interrupted_at(step: int, source: Numbers) -> None:
     """Send Ctrl-C to this process while the step's images are fetched."""
     fetch = source.fetch

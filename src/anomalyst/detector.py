@@ -264,7 +264,7 @@ class Detector:
     @property
     def ready(self) -> bool:
         """Whether images can be judged: references are there, or trained weights that need none."""
-        return self.method.trained and (bool(self.references) or not self.spec.needs_category)
+        return bool(self.references) or (not self.spec.needs_category and self.method.trained)
 
     def train(
         self,
@@ -350,7 +350,7 @@ class Detector:
             raise InputError(f"category {category!r}: give a printable name, not starting with __")
         if not normal:
             raise InputError(f"category {category!r}: give at least one normal reference image")
-        if self.spec.trains_on is not None and not self.ready:
+        if self.spec.trains_on is not None and not self.method.trained:
             raise InputError(f"{self.spec.name} is not trained yet: fit it on a data set first")
         began = time.perf_counter()
         records: list[ReferenceRecord] = []

@@ -138,7 +138,8 @@ def _provenance(
         "Date": str(environment.pop("date")),
         "Machine": ", ".join(f"{key} {value}" for key, value in environment.items()),
         "Time": (
-            f"enrolment {seconds.get('enroll', 0.0):.1f} s, prediction {seconds['predict']:.1f} s "
+            f"training {seconds['train']:.1f} s, enrolment {seconds['enroll']:.1f} s, "
+            f"prediction {seconds['predict']:.1f} s "
             f"({evaluation.metrics['images_per_second']:.1f} images a second)"
         ),
     }

@@ -77,7 +77,7 @@ class TrainingRun:
                 f"{self.folder}: cannot be made ({error.strerror}); choose another output"
             ) from None
         if self.tensorboard:
-            self._writer = _open_tensorboard(self.folder)
+            _tensorboard()
         if self.resume and not self.checkpoint.exists():
             _log.warning("%s: no checkpoint yet, training starts from the beginning", self.folder)
 
@@ -120,7 +120,9 @@ class TrainingRun:
             if new:
                 writer.writerow(["step", *values])
             writer.writerow([step, *(f"{value:.8g}" for value in values.values())])
-        if self._writer:
+        if self.tensorboard:
+            # Opened where it is used: it cannot be handed to another process.
+            self._writer = self._writer or _tensorboard()(str(self.folder))
             for name, value in values.items():
                 self._writer.add_scalar(name, value, step)
 
@@ -191,12 +193,13 @@ class TrainingRun:
         replace_file(self.log_file, "".join([lines[0], *kept]).encode() if lines else b"")
 
 
-def _open_tensorboard(folder: Path) -> Any:
+def _tensorboard() -> Any:
+    """Return the class that writes TensorBoard's events."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise InputError("--tensorboard needs tensorboard: pip install tensorboard") from None
-    return SummaryWriter(str(folder))
+    return SummaryWriter
 
 
 def _text(settings: Mapping[str, Any]) -> str:
