@@ -143,8 +143,39 @@ def test_zero_shot_judges_what_it_was_never_trained_on(inp, make_parts, tmp_path
     (nameless,) = loaded.predict(texture(7))
     assert nameless.category is None and not nameless.calibrated
     assert loaded.calibrate(target.train) == {"plate": 12}
-    (named,) = loaded.predict(texture(7), category="plate")
-    assert named.calibrated and named.p_value is not None
+    (named,) = loaded.predict(texture(7))
+    assert named.category == "plate" and named.calibrated and named.p_value is not None
+    (other,) = loaded.predict(texture(7), category="sheet")
+    assert other.category == "sheet" and not other.calibrated
+
+
+def test_a_misspelt_category_of_a_joint_model_is_not_judged(inp, make_parts) -> None:
+    data = load_dataset(make_parts(("plate", "sheet")))
+    detector = inp().fit(data.train)
+    with pytest.raises(InputError, match="did you mean 'plate'"):
+        detector.predict(texture(7), category="plat")
+
+
+def test_a_plain_folder_calibrates_a_zero_shot_detector_under_the_name_given(
+    monkeypatch, deep_weights, make_parts, tmp_path: Path, capsys
+) -> None:
+    data, bundle = make_parts(("plate", "sheet")), tmp_path / "bundle"
+    words = fit(deep_weights, data / "sheet", bundle, "--steps", 2, "--set", "score=prototypes")
+    assert run(monkeypatch, *words) == 0
+    assert "no category yet" in capsys.readouterr().err
+    good = data / "plate" / "train" / "good"
+    assert run(monkeypatch, "calibrate", bundle, good, "--category", "gear") == 0
+    assert Detector.load(bundle).calibration["gear"].count == 12
+    assert run(monkeypatch, "predict", bundle, good / "000.png", "-o", tmp_path / "out") == 0
+    record = json.loads((tmp_path / "out" / "predictions.jsonl").read_text())
+    assert record["category"] == "gear" and record["calibrated"]
+
+
+def test_images_trained_on_never_calibrate(inp, make_parts) -> None:
+    data = load_dataset(make_parts(("plate",)))
+    detector = inp(score="prototypes").fit(data.train)
+    with pytest.raises(InputError, match="references of this detector"):
+        detector.calibrate(data.train)
 
 
 def test_images_trained_on_never_count_as_a_test(inp, make_parts) -> None:
@@ -242,8 +273,8 @@ def test_interrupted_fit_is_resumed(
     assert len(calls) == 6
     whole = tmp_path / "whole"
     assert run(monkeypatch, *fit(deep_weights, data, whole, "--steps", 6)) == 0
-    for name, value in weights(Detector.load(bundle)).items():
-        assert torch.equal(value, weights(Detector.load(whole))[name])
+    resumed, uninterrupted = (weights(Detector.load(path)) for path in (bundle, whole))
+    assert all(torch.equal(value, uninterrupted[name]) for name, value in resumed.items())
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import numpy as np
 from anomalyst.bundle import ReferenceRecord
 from anomalyst.data.layouts import few_shot, hold_out
 from anomalyst.data.transforms import Preprocess
-from anomalyst.enrolment import new_references, record_of
+from anomalyst.enrolment import new_references, record_of, require_normal
 from anomalyst.errors import InputError, unknown
 from anomalyst.features.backbones import find_backbone
 from anomalyst.inference import ImageSource, by_shape
@@ -216,16 +216,16 @@ class Detector:
         progress
             Called with the stage, the images done and the images in all.
         """
-        self._check_normal(data)
+        require_normal(self.spec, data)
+        kept, held_out = self._split(data, calibration, shots)  # a slip must not wait for weights
         before = dict(vars(self))
         try:
             _ = self.engine  # loading weights is no part of the time that the stages take
             self._learner, self.references, self.calibration = None, {}, {}
             self.trained_on, self.seconds = [], {}
             unseen = self.method.judges_unseen
-            kept, held_out = hold_out(data, 0 if unseen else calibration)
-            if shots is not None:
-                kept = few_shot(kept, shots, self.seed)
+            if unseen:
+                kept, held_out = self._split(data, 0, shots)
             names = () if unseen else tuple(dict.fromkeys(_category(s) for s in kept))
             with self._scratch(training or TrainingSetup()):
                 if self.spec.trains_on is not None:
@@ -245,6 +245,12 @@ class Detector:
             if self.spec.multi_class and len(names) > 1:
                 self.setting = "multi" if shots is None else "few-shot-multi"
         return self
+
+    def _split(
+        self, data: Sequence[Sample], share: float, shots: int | None
+    ) -> tuple[Sequence[Sample], Sequence[Sample]]:
+        kept, held_out = hold_out(data, share)
+        return kept if shots is None else few_shot(kept, shots, self.seed), held_out
 
     @contextmanager
     def _scratch(self, setup: TrainingSetup) -> Iterator[None]:
@@ -296,7 +302,7 @@ class Detector:
         from anomalyst.methods.base import TrainedMethod
         from anomalyst.training_stage import train_method
 
-        self._check_normal(data)
+        require_normal(self.spec, data)
         self._learner = None
         method = self.method
         if not isinstance(method, TrainedMethod):
@@ -307,17 +313,6 @@ class Detector:
         self.references, self.calibration, self.trained_on = {}, {}, source.records
         self.setting, self.shots = "zero-shot", None
         self.seconds = {"train": time.perf_counter() - began, "enroll": 0.0}
-
-    def _check_normal(self, data: Sequence[Sample]) -> None:
-        if not data:
-            raise InputError("no training images: the data set has no train/good images")
-        for sample in data:
-            if sample.label == 1 and not self.spec.abnormal_references:
-                raise InputError(
-                    f"{sample.path}: {self.spec.name} learns from normal images only; "
-                    "leave anomalous ones out (methods with abnormal references: "
-                    "see `anomalyst methods`)"
-                )
 
     def enroll(
         self,
@@ -389,7 +384,8 @@ class Detector:
         anomalous = next((s for s in data if s.label == 1), None)
         if anomalous is not None:
             raise InputError(f"{anomalous.path}: calibration takes normal images only")
-        seen = {r.sha256 for records in self.references.values() for r in records}
+        learned = [*self.references.values(), self.trained_on]
+        seen = {record.sha256 for records in learned for record in records}
         kept: dict[str, list[tuple[float, float, str]]] = {}
         for done, p in enumerate(self.predict(data), start=1):
             if p.error or p.category is None or p.score is None or p.map is None:
@@ -444,9 +440,14 @@ class Detector:
         sources = [images] if isinstance(images, _ONE_IMAGE) else images
         return judge_all(self, sources, category, batch_size, keep_pixels)
 
+    @property
+    def judges_any(self) -> bool:
+        """Whether images of any category can be judged: zero-shot, or nothing is known of any."""
+        return not self.spec.needs_category and (self.method.judges_unseen or not self.references)
+
     def knows(self, category: str) -> bool:
         """Tell whether images of that category can be judged."""
-        return category in self.references or not self.spec.needs_category
+        return category in self.references or self.judges_any
 
     def heat_unit(self, category: str | None) -> float:
         """Return the map value at which a heat map turns strong: the pixel threshold, if any."""

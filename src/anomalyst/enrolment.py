@@ -1,4 +1,4 @@
-"""References that a detector does not have yet, read once and recorded."""
+"""What a detector may learn from, and references that it does not have yet, read and recorded."""
 
 from __future__ import annotations
 
@@ -9,12 +9,26 @@ from anomalyst.bundle import ReferenceRecord
 from anomalyst.data.transforms import Preprocess
 from anomalyst.errors import InputError
 from anomalyst.inference import ImageSource, Item, read_batches
-from anomalyst.types import Progress
+from anomalyst.methods.base import MethodSpec
+from anomalyst.types import Progress, Sample
 
 
 def record_of(item: Item) -> ReferenceRecord:
     """Return what a bundle keeps of an image: file name and content hash."""
     return ReferenceRecord(name=Path(item.name).name, sha256=item.sha256)
+
+
+def require_normal(spec: MethodSpec, data: Sequence[Sample]) -> None:
+    """Raise unless there are images, and none that the method cannot learn from."""
+    if not data:
+        raise InputError("no training images: the data set has no train/good images")
+    for sample in data:
+        if sample.label == 1 and not spec.abnormal_references:
+            raise InputError(
+                f"{sample.path}: {spec.name} learns from normal images only; "
+                "leave anomalous ones out (methods with abnormal references: "
+                "see `anomalyst methods`)"
+            )
 
 
 def new_references(

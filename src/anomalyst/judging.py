@@ -70,12 +70,14 @@ def _name_categories(
 ) -> list[str | None]:
     """Return each item's category: the one given, its own, or that of the nearest reference.
 
-    None where there is no reference at all.
+    Without any reference, the only category that is calibrated, or None.
     """
     known = [category or item.category for item in items]
     if all(known):
         return known
     retrieved = detector.index.lookup(features)
+    if retrieved[0] is None and len(detector.categories) == 1:
+        return [name or detector.categories[0] for name in known]
     return [name or nearest for name, nearest in zip(known, retrieved, strict=True)]
 
 

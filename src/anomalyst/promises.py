@@ -33,6 +33,11 @@ def state(detector: Detector) -> list[dict[str, Any]]:
 def describe(detector: Detector, categories: Iterable[str] | None = None) -> list[str]:
     """Return `state` in sentences, one a category."""
     lines = []
+    if not detector.references:
+        lines.append(
+            "no category yet: scores for images of any, verdicts once calibrated "
+            "(`anomalyst calibrate`)"
+        )
     for row in state(detector):
         name, count, alpha = row["category"], row["calibrated_on"], row["alpha"]
         if categories is not None and name not in categories:
@@ -106,7 +111,7 @@ def belonging(
     for name in names:
         if not detector.knows(name):
             raise unknown("category", name, detector.references)
-    if not detector.spec.needs_category and not {*names} & known:
+    if wanted is None and detector.judges_any and not {*names} & known:
         names = list(data.categories)  # judged without having been trained on
     nameless = wanted is not None or data.layout == "folder"
     if nameless and len(data.categories) == 1 and len(names) == 1:
