@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import numpy.typing as npt
 import torch
 from lightning.fabric import Fabric
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from anomalyst.errors import InputError
 from anomalyst.methods.base import TrainingOptions
@@ -117,19 +117,18 @@ def train(
     )
     if many:
         # Bars cannot cross to other processes: their log says how far they are.
-        # One object, because Fabric looks into the arguments and stumbles over frozen ones.
-        state = fabric.launch(
-            partial(
-                _work,
-                network=network,
-                source=source,
-                options=options,
-                plan=plan,
-                seed=seed,
-                run=run,
-                progress=None,
-            )
+        # Handed over in one object: Fabric looks into arguments and stumbles over frozen ones.
+        work = partial(
+            _work,
+            network=network,
+            source=source,
+            options=options,
+            plan=plan,
+            seed=seed,
+            run=run,
+            progress=None,
         )
+        state = fabric.launch(partial(_work_apart, work=work))
         network.load_state_dict({name: torch.from_numpy(value) for name, value in state.items()})
     else:
         _work(fabric, network, source, options, plan, seed, run, progress)
@@ -145,14 +144,8 @@ def _work(
     seed: int,
     run: TrainingRun | None,
     progress: Progress | None,
-) -> dict[str, npt.NDArray[Any]]:
-    """Run the loop in one process and return the trained weights.
-
-    As arrays: a tensor shared with another process is gone when that one ends.
-    """
-    if fabric.world_size > 1:
-        # Tensors reach another process in shared memory: all would step on the same weights.
-        network = copy.deepcopy(network)
+) -> None:
+    """Run the loop in one process."""
     objective = _Objective(network)
     optimizer = StableAdamW(network.parameters(), weight_decay=options.weight_decay)
     first = run.restore(network, optimizer) if run else 0
@@ -186,6 +179,19 @@ def _work(
                 left = spent / (step + 1 - first) * (plan.steps - step - 1)
                 note = f"loss {found['loss']:.4f}, {_duration(left)} left"
                 progress("train", step + 1, plan.steps, note)
+
+
+def _work_apart(fabric: Fabric, work: partial[None]) -> dict[str, npt.NDArray[Any]]:
+    """Run the loop as one of several processes and return the trained weights.
+
+    As arrays: a tensor shared with another process is gone when that one ends.
+    """
+    # Tensors reach another process in shared memory: all would step on the same weights.
+    network = copy.deepcopy(work.keywords["network"])
+    work(fabric, network=network)
+    # Left to the process's end, the group's own threads would at times abort it.
+    fabric.barrier()
+    distributed.destroy_process_group()
     return {name: tensor.cpu().numpy() for name, tensor in network.state_dict().items()}
 
 
