@@ -79,6 +79,16 @@ def test_cached_features_train_the_same_weights_within_half_precision(inp, make_
     np.testing.assert_allclose(a.map, b.map, atol=0.01 * float(np.abs(b.map).max()))
 
 
+def test_a_cache_that_forgets_changes_nothing(inp, make_parts, tmp_path: Path) -> None:
+    data = load_dataset(make_parts())
+    roomy, cramped = inp(), inp()
+    cramped.feature_cache = FeatureCache(tmp_path / "cramped", max_bytes=20_000)
+    roomy.train(data.train)
+    cramped.train(data.train)
+    assert len(list(cramped.feature_cache.folder.rglob("*.safetensors"))) < 12
+    assert all(torch.equal(v, weights(cramped)[name]) for name, v in weights(roomy).items())
+
+
 def test_images_of_several_shapes_train_together(inp, tmp_path: Path) -> None:
     for k, size in enumerate([(64, 64), (64, 96), (80, 64), (64, 64), (64, 96)]):
         save(tmp_path / "plate" / "good" / f"{k}.png", texture(k, *size))

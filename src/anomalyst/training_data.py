@@ -13,6 +13,7 @@ from anomalyst.data.images import read_file
 from anomalyst.engine import Engine
 from anomalyst.enrolment import record_of
 from anomalyst.errors import InputError
+from anomalyst.features.cache import FeatureArray
 from anomalyst.inference import Item, by_shape, read_batches
 from anomalyst.methods.views import View
 from anomalyst.types import Progress, Sample
@@ -73,20 +74,13 @@ class TrainingFeatures:
         """
         if self.engine.cache is None:
             return self._compute(numbers)
-        entries = {n: self.engine.cache.get(self._keys[n]) for n in numbers}
-        lost = [n for n, entry in entries.items() if entry is None]
-        if lost:  # evicted by a bound that is smaller than the training set
-            self._compute(lost)
-            entries |= {n: self.engine.cache.get(self._keys[n]) for n in lost}
-        if any(entry is None for entry in entries.values()):
-            return self._compute(numbers)
-        groups: dict[tuple[int, ...], list[int]] = {}
+        groups: dict[tuple[int, ...], list[list[FeatureArray]]] = {}
         for number in numbers:
-            entry = entries[number]
-            assert entry is not None
-            groups.setdefault(entry[0].shape, []).append(number)
-        found = [[entries[n] for n in same] for same in groups.values()]
-        return [self.engine.stack([e for e in same if e is not None]) for same in found]
+            entry = self.engine.cache.get(self._keys[number])
+            if entry is None:  # evicted by a bound that is smaller than the training set
+                return self._compute(numbers)
+            groups.setdefault(entry[0].shape, []).append(entry)
+        return [self.engine.stack(same) for same in groups.values()]
 
     def _fill(self, progress: Progress | None) -> None:
         done = 0

@@ -18,7 +18,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from anomalyst.errors import InputError
-from anomalyst.files import replace_file
+from anomalyst.files import make_folder, replace_file
 from anomalyst.training_setup import CHECKPOINT
 
 _log = logging.getLogger(__name__)
@@ -70,12 +70,7 @@ class TrainingRun:
         InputError
             It cannot be made, or TensorBoard is asked for and not installed.
         """
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(
-                f"{self.folder}: cannot be made ({error.strerror}); choose another output"
-            ) from None
+        make_folder(self.folder)
         if self.tensorboard:
             _tensorboard()
         if self.resume and not self.checkpoint.exists():
