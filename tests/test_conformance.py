@@ -31,15 +31,18 @@ def no_socket(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def make(deep_weights: str, good_samples: list[Sample]) -> object:
+def make(deep_weights: str, good_samples: list[Sample], bad_samples: list[Sample]) -> object:
     """A detector that has taken its gradient steps, if its method takes any, and no references."""
 
     def build(method: str, **more: Any) -> Detector:
-        if REGISTRY[method].trains_on is not None:
+        spec = REGISTRY[method]
+        if spec.trains_on is not None:
             more["options"] = {"steps": 40, "warmup": 5, "batch_size": 4, **more.get("options", {})}
+        if spec.abnormal_references:
+            more["options"] = {**more["options"], "steps": 10, "normals": 2, "abnormals": 1}
         detector = Detector(method, backbone=DEEP, weights=deep_weights, image_size=96, **more)
-        if REGISTRY[method].trains_on is not None:
-            detector.train(good_samples)
+        if spec.trains_on is not None:
+            detector.train(good_samples + (bad_samples if spec.abnormal_references else []))
         return detector
 
     return build
@@ -50,6 +53,19 @@ def good_samples(tmp_path_factory: pytest.TempPathFactory) -> list[Sample]:
     folder = tmp_path_factory.mktemp("good")
     paths = [save(folder / f"{k}.png", image) for k, image in enumerate(GOOD)]
     return [Sample(path, "plate", 0, "good") for path in paths]
+
+
+@pytest.fixture(scope="module")
+def bad_samples(tmp_path_factory: pytest.TempPathFactory) -> list[Sample]:
+    folder = tmp_path_factory.mktemp("bad")
+    samples = []
+    for k in range(4):
+        image = save(folder / f"{k}.png", blot(texture(20 + k), 8 + 16 * k, 40, 24))
+        mask = save(
+            folder / f"{k}_mask.png", blot(np.zeros((96, 96, 3), np.uint8), 8 + 16 * k, 40, 24)
+        )
+        samples.append(Sample(image, "plate", 1, "blot", mask))
+    return samples
 
 
 def enrolled(detector: Detector, images: list[np.ndarray] = GOOD) -> Detector:
@@ -176,3 +192,30 @@ def test_unknown_options_name_the_nearest(method: str, make) -> None:
     detector = Detector(method, backbone=DEEP, options={known + "x": 1})
     with pytest.raises(InputError, match=f"did you mean '{known}'"):
         detector.enroll("plate", GOOD)
+
+
+def taught(detector: Detector, bad_samples: list[Sample]) -> Detector:
+    pairs = [(sample, sample.mask) for sample in bad_samples]
+    detector.enroll("plate", GOOD, pairs)
+    return detector
+
+
+def test_abnormal_references_in_any_order_or_batch_and_saved(
+    method: str, make, bad_samples: list[Sample], tmp_path: Path
+) -> None:
+    if not REGISTRY[method].abnormal_references:
+        return
+    images = [texture(9), blot(texture(8), 20, 20, 30)]
+    detector = taught(make(method), bad_samples[:3])
+    first = judge(detector, *images)
+    detector.save(tmp_path / "bundle")
+    again = judge(Detector.load(tmp_path / "bundle"), *images)
+    assert [p.score for p in first] == [p.score for p in again]
+    other = make(method)
+    other.enroll("plate", GOOD[::-1])
+    for sample in bad_samples[2::-1]:  # one after the other, the last first
+        other.enroll("plate", (), [(sample, sample.mask)])
+    for one, two in zip(first, judge(other, *images, batch_size=1), strict=True):
+        assert one.score == pytest.approx(two.score, rel=1e-4)
+        np.testing.assert_allclose(one.map, two.map, rtol=1e-3, atol=1e-5)
+    assert other.abnormal["plate"][0].mask == "given"

@@ -23,7 +23,7 @@ from anomalyst.methods.inp_former import (
     reconstruction_distance,
     smoothed_map,
 )
-from anomalyst.training import StableAdamW, learning_rate
+from anomalyst.methods.stable_adamw import StableAdamW
 from conftest import SHARED
 from slow_inp_former import Slow, liven, random
 
@@ -138,7 +138,7 @@ def test_six_training_steps_equal_the_authors(golden: dict[str, Tensor]) -> None
     network = found.network
     optimizer = StableAdamW(network.parameters())
     for step in range(6):
-        rate = learning_rate(step, 12, TrainingOptions(warmup=4))
+        rate = TrainingOptions(warmup=4).rate(step, 12)
         assert rate == pytest.approx(golden["steps_lr"][step].item(), rel=1e-9)
         optimizer.param_groups[0]["lr"] = rate
         optimizer.zero_grad()

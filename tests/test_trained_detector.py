@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from anomalyst.cli import main
-from anomalyst.data.layouts import load_dataset, load_training
+from anomalyst.data.layouts import load_dataset, load_together
 from anomalyst.detector import Detector
 from anomalyst.errors import InputError
 from anomalyst.evaluation import evaluate
@@ -201,9 +201,9 @@ def test_images_trained_on_never_count_as_a_test(inp, make_parts) -> None:
 def test_data_sets_together_keep_their_categories_apart(make_parts, tmp_path: Path) -> None:
     first = make_parts(("plate", "sheet")).rename(tmp_path / "one")
     second = make_parts(("plate", "ring")).rename(tmp_path / "two")
-    names = {sample.category for sample in load_training([first, second])}
+    names = {sample.category for sample in load_together([first, second]).train}
     assert names == {"one/plate", "sheet", "two/plate", "ring"}
-    assert {sample.category for sample in load_training([first])} == {"plate", "sheet"}
+    assert {sample.category for sample in load_together([first]).train} == {"plate", "sheet"}
 
 
 def test_a_category_of_a_joint_model_is_found_in_its_own_data_set(
@@ -211,7 +211,7 @@ def test_a_category_of_a_joint_model_is_found_in_its_own_data_set(
 ) -> None:
     first = make_parts(("plate",)).rename(tmp_path / "one")
     second = make_parts(("plate",)).rename(tmp_path / "two")
-    detector = inp().fit(load_training([first, second]), calibration=0.25)
+    detector = inp().fit(load_together([first, second]).train, calibration=0.25)
     result = evaluate(detector, load_dataset(second)).metrics
     assert list(result["categories"]) == ["two/plate"]
     assert result["categories"]["two/plate"]["n_anomalous"] == 3

@@ -19,12 +19,11 @@ from torch import Tensor, nn
 
 from anomalyst.errors import InputError
 from anomalyst.methods.base import TrainingOptions
+from anomalyst.methods.stable_adamw import StableAdamW
 from anomalyst.training import (
     Hardware,
     Plan,
-    StableAdamW,
     draw_batches,
-    learning_rate,
     train,
 )
 from anomalyst.training_run import TrainingRun
@@ -83,7 +82,7 @@ def state(network: nn.Module) -> list[Tensor]:
 
 def test_the_learning_rate_rises_over_the_warmup_and_falls_by_half_a_cosine() -> None:
     options = TrainingOptions()
-    rates = [learning_rate(step, 45_200, options) for step in range(45_200)]
+    rates = [options.rate(step, 45_200) for step in range(45_200)]
     assert rates[0] == 0
     assert rates[50] == pytest.approx(1e-3 * 50 / 99)
     assert rates[99] == pytest.approx(1e-3) and rates[100] == pytest.approx(1e-3)
@@ -94,9 +93,9 @@ def test_the_learning_rate_rises_over_the_warmup_and_falls_by_half_a_cosine() ->
 
 def test_a_training_shorter_than_its_warmup_is_all_ramp() -> None:
     options = TrainingOptions()
-    assert [learning_rate(k, 3, options) for k in range(3)] == [0, 5e-4, 1e-3]
-    assert learning_rate(0, 1, options) == 0
-    assert learning_rate(0, 5, TrainingOptions(warmup=0)) == 1e-3
+    assert [options.rate(k, 3) for k in range(3)] == [0, 5e-4, 1e-3]
+    assert options.rate(0, 1) == 0
+    assert TrainingOptions(warmup=0).rate(0, 5) == 1e-3
 
 
 def test_each_pass_takes_every_image_once_and_drops_the_incomplete_batch() -> None:

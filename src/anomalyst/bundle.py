@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +29,7 @@ from safetensors.numpy import save as tensors_to_bytes
 from anomalyst.errors import InputError
 from anomalyst.files import replace_file
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MANIFEST = "bundle.json"
 Arrays = Mapping[str, npt.NDArray[Any]]
 
@@ -62,11 +62,18 @@ class ReferenceRecord(BaseModel):
     sha256: str
 
 
+class AbnormalRecord(ReferenceRecord):
+    """One enrolled abnormal reference; ``mask`` tells whether its mask was given or found."""
+
+    mask: Literal["given", "found"]
+
+
 class CategoryRecord(BaseModel):
     """What the detector knows of one category."""
 
     model_config = ConfigDict(extra="forbid")
     references: list[ReferenceRecord] = []
+    abnormal: list[AbnormalRecord] = []
     calibration_scores: list[float] = []
     calibration_maxima: list[float] = []
     calibration_sha256: list[str] = []

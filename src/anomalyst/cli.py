@@ -189,30 +189,41 @@ def _keep(detector: Any, bundle: Path, as_json: bool) -> None:
 
 @app.command()
 def enroll(
-    bundle: Bundle,
+    bundle: Annotated[
+        Path,
+        typer.Argument(
+            help="Bundle to add to; a new name starts from the generalist that ships here."
+        ),
+    ],
     category: Annotated[str, typer.Argument(help="The product; a new one or one it knows.")],
-    normal: Annotated[list[Path], typer.Option(help="Good image or folder; repeatable.")],
+    normal: Annotated[
+        list[Path] | None, typer.Option(help="Good image or folder; repeatable.")
+    ] = None,
     abnormal: Annotated[
         list[Path] | None, typer.Option(help="Image of a known defect; repeatable.")
     ] = None,
     mask: Annotated[
-        list[Path] | None, typer.Option(help="Mask of each --abnormal, in the same order.")
+        list[Path] | None,
+        typer.Option(help="Mask of each --abnormal, in the same order (default: found)."),
     ] = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Add references of a category to a bundle: seconds, no training."""
+    """Teach a bundle a product, or a defect of one: seconds, no training."""
     from anomalyst.data.images import list_images
-    from anomalyst.detector import Detector
+    from anomalyst.generalist import load_or_begin
 
-    detector = Detector.load(bundle, device=device)
     bad, masks = abnormal or [], mask or []
     if masks and len(masks) != len(bad):
         raise InputError(f"{len(bad)} --abnormal but {len(masks)} --mask: give one mask for each")
-    images = [path for given in normal for path in list_images(given)]
+    images = [path for given in normal or [] for path in list_images(given)]
     pairs = [(path, masks[k] if masks else None) for k, path in enumerate(bad)]
+    new = not bundle.exists()
+    detector = load_or_begin(bundle, device)
     with progress() as advance:
         detector.enroll(category, images, pairs, advance)
+    if new:
+        say(f"{bundle}: new, from the generalist that ships with anomalyst (nagl)")
     _keep(detector, bundle, as_json)
 
 

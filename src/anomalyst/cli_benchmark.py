@@ -31,8 +31,9 @@ def benchmark(
 ) -> None:
     """Measure methods and variants over seeds and categories: results.csv and results.md."""
     from anomalyst.benchmark.config import load_config
-    from anomalyst.benchmark.runner import Machine, run_benchmark
-    from anomalyst.benchmark.tables import COLUMNS, rows_of
+    from anomalyst.benchmark.machine import Machine
+    from anomalyst.benchmark.runner import run_benchmark
+    from anomalyst.benchmark.tables import columns, rows_of
 
     wanted = load_config(config, data=data or (), test=test or (), steps=steps)
     machine = Machine(device, offline, feature_cache)
@@ -41,7 +42,7 @@ def benchmark(
     if as_json:
         show_json({"title": wanted.title, "results": [row.summary() for row in rows]})
     else:
-        show_table(COLUMNS, [row.texts() for row in rows])
+        show_table(columns(rows), [row.texts() for row in rows])
         print(output / "results.md")
     if any(outcome.error is not None for outcome in outcomes):
         raise typer.Exit(2)

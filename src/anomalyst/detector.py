@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from anomalyst.bundle import ReferenceRecord
+from anomalyst.bundle import AbnormalRecord, ReferenceRecord
 from anomalyst.data.layouts import few_shot, hold_out
 from anomalyst.data.transforms import Preprocess
-from anomalyst.enrolment import new_references, record_of, require_normal
+from anomalyst.enrolment import AbnormalSource, category_of, require_learnable
 from anomalyst.errors import InputError, unknown
 from anomalyst.features.backbones import find_backbone
-from anomalyst.inference import ImageSource, by_shape
+from anomalyst.inference import ImageSource
 from anomalyst.methods.base import Method, find_method, make_options
 from anomalyst.scoring import Calibration, Decision
 from anomalyst.training_setup import TrainingSetup
@@ -106,6 +106,7 @@ class Detector:
         self.setting = "single"
         self.shots: int | None = None
         self.references: dict[str, list[ReferenceRecord]] = {}
+        self.abnormal: dict[str, list[AbnormalRecord]] = {}
         self.trained_on: list[ReferenceRecord] = []
         self.calibration: dict[str, Calibration] = {}
         self.seconds: dict[str, float] = {}
@@ -145,6 +146,7 @@ class Detector:
     def image_hashes(self) -> list[str]:
         """SHA-256 of every image that the detector was made or calibrated on."""
         hashes = [r.sha256 for records in self.references.values() for r in records]
+        hashes += [r.sha256 for records in self.abnormal.values() for r in records]
         hashes += [record.sha256 for record in self.trained_on]
         return hashes + [image for each in self.calibration.values() for image in each.images]
 
@@ -198,14 +200,15 @@ class Detector:
         training: TrainingSetup | None = None,
         progress: Progress | None = None,
     ) -> Detector:
-        """Run the stages that the method has, on normal training images of any categories.
+        """Run the stages that the method has, on training images of any categories.
 
         What the detector knew before is replaced, and kept if anything goes wrong.
 
         Parameters
         ----------
         data
-            Samples with a category each, such as ``load_dataset(...).train``.
+            Samples with a category each, such as ``load_dataset(...).train``; of a generalist the
+            source's abnormal ones with masks too.
         shots
             Keep only so many references a category, drawn by ``seed``; all by default.
         calibration
@@ -216,17 +219,19 @@ class Detector:
         progress
             Called with the stage, the images done and the images in all.
         """
-        require_normal(self.spec, data)
+        require_learnable(self.spec, data)
+        if self.trains_apart and shots is not None:
+            raise InputError(f"{self.spec.name} learns from all source images: enroll shots later")
         kept, held_out = self._split(data, calibration, shots)  # a slip must not wait for weights
         before = dict(vars(self))
         try:
             _ = self.engine  # loading weights is no part of the time that the stages take
             self._learner, self.references, self.calibration = None, {}, {}
-            self.trained_on, self.seconds = [], {}
+            self.abnormal, self.trained_on, self.seconds = {}, [], {}
             unseen = self.method.judges_unseen
             if unseen:
                 kept, held_out = self._split(data, 0, shots)
-            names = () if unseen else tuple(dict.fromkeys(_category(s) for s in kept))
+            names = () if unseen else tuple(dict.fromkeys(category_of(s) for s in kept))
             with self._scratch(training or TrainingSetup()):
                 if self.spec.trains_on is not None:
                     self.train(kept, shots is not None, training, progress)
@@ -268,6 +273,11 @@ class Detector:
             self._engine = before
 
     @property
+    def trains_apart(self) -> bool:
+        """Whether training sees a source domain, and the products to judge are enrolled later."""
+        return self.spec.trains_on is not None and self.spec.needs_category
+
+    @property
     def ready(self) -> bool:
         """Whether images can be judged: references are there, or trained weights that need none."""
         return bool(self.references) or (not self.spec.needs_category and self.method.trained)
@@ -302,7 +312,7 @@ class Detector:
         from anomalyst.methods.base import TrainedMethod
         from anomalyst.training_stage import train_method
 
-        require_normal(self.spec, data)
+        require_learnable(self.spec, data)
         self._learner = None
         method = self.method
         if not isinstance(method, TrainedMethod):
@@ -310,15 +320,16 @@ class Detector:
         began, setup = time.perf_counter(), setup or TrainingSetup()
         with self._scratch(setup):
             source = train_method(method, self.engine, data, few_shot, setup, progress)
-        self.references, self.calibration, self.trained_on = {}, {}, source.records
-        self.setting, self.shots = "zero-shot", None
+        self.references, self.abnormal, self.calibration = {}, {}, {}
+        self.trained_on = source.records
+        self.setting, self.shots = "generalist" if self.trains_apart else "zero-shot", None
         self.seconds = {"train": time.perf_counter() - began, "enroll": 0.0}
 
     def enroll(
         self,
         category: str,
         normal: Sequence[ImageSource] = (),
-        abnormal: Sequence[tuple[ImageSource, ImageSource | None]] = (),
+        abnormal: Sequence[AbnormalSource] = (),
         progress: Progress | None = None,
     ) -> None:
         """Add references of one category: seconds, no gradient. Known ones are passed over.
@@ -330,41 +341,27 @@ class Detector:
         category
             A new or an enrolled category.
         normal
-            Normal images: paths, samples, bytes or uint8 arrays.
+            Normal images: paths, samples, bytes or uint8 arrays. None are needed where some are
+            enrolled already and abnormal ones come.
         abnormal
-            Pairs of an abnormal image and its mask, for methods that use them.
+            Pairs of an abnormal image and its mask, for methods that use them. A mask is a file or
+            an array ``[H, W]``, above 0 at the defect; None has it found from the difference to the
+            normal references.
         progress
             As in `fit`.
+
+        Raises
+        ------
+        InputError
+            An image or mask is bad or known in the other role, or the abnormal image is of another
+            product. What the detector knows stays as it was.
         """
-        if abnormal and not self.spec.abnormal_references:
-            raise InputError(
-                f"{self.spec.name} cannot use abnormal references; "
-                "`anomalyst methods` shows which methods can"
-            )
-        if not category.strip() or not category.isprintable() or category.startswith("__"):
-            raise InputError(f"category {category!r}: give a printable name, not starting with __")
-        if not normal:
-            raise InputError(f"category {category!r}: give at least one normal reference image")
-        if self.spec.trains_on is not None and not self.method.trained:
-            raise InputError(f"{self.spec.name} is not trained yet: fit it on a data set first")
+        from anomalyst.enrolment import enroll
+
         began = time.perf_counter()
-        records: list[ReferenceRecord] = []
-        views: list[Sequence[Tensor]] = []
-        plain: list[Sequence[Tensor]] = []
-        known = self.references.get(category, [])
-        for items in new_references(category, normal, known, self.engine.preprocess, progress):
-            records += [record_of(item) for item in items]
-            for positions in by_shape(items):
-                same = [items[p] for p in positions]
-                found = [self.engine.features(same, v) for v in self.method.reference_views]
-                plain.append(found[0])
-                views.extend(found)
-        self.method.enroll(category, views)
-        for features in plain:
-            self.index.add(category, features)
-        self.references[category] = [*self.references.get(category, []), *records]
+        enroll(self, category, normal, abnormal, progress)
         self.calibration.pop(category, None)
-        self.shots, self.setting = None, "single"
+        self.shots, self.setting = None, "generalist" if self.trains_apart else "single"
         spent = self.seconds.get("enroll", 0.0) + time.perf_counter() - began
         self.seconds = {"train": 0.0, **self.seconds, "enroll": spent}
 
@@ -432,7 +429,10 @@ class Detector:
             Keep the decoded image on the prediction.
         """
         if not self.ready:
-            raise InputError("this detector has learned nothing yet: fit or enroll first")
+            done = (
+                "is trained but knows no product yet" if self.trained_on else "has learned nothing"
+            )
+            raise InputError(f"this detector {done}: fit or enroll first")
         if category is not None and not self.knows(category):
             raise unknown("category", category, self.references)
         from anomalyst.judging import judge_all
@@ -468,7 +468,7 @@ class Detector:
         """
         from anomalyst.persistence import save_detector
 
-        if not self.ready:
+        if not (self.ready or (self.trains_apart and self.method.trained)):
             raise InputError("this detector has learned nothing yet: fit or enroll before saving")
         save_detector(self, Path(path))
         return Path(path)
@@ -481,8 +481,11 @@ class Detector:
         device: str = "auto",
         decision: Decision | None = None,
         feature_cache: FeatureCache | None = None,
+        options: Mapping[str, Any] | None = None,
     ) -> Detector:
         """Read a bundle; nothing else is read, the network least of all.
+
+        ``options`` are laid over the bundle's own: those that change no weights.
 
         Raises
         ------
@@ -491,10 +494,4 @@ class Detector:
         """
         from anomalyst.persistence import load_detector
 
-        return load_detector(Path(path), device, decision, feature_cache)
-
-
-def _category(sample: Sample) -> str:
-    if sample.category is None:
-        raise InputError(f"{sample.path}: no category; give each training image one")
-    return sample.category
+        return load_detector(Path(path), device, decision, feature_cache, options or {})

@@ -1,16 +1,31 @@
-"""What a detector may learn from, and references that it does not have yet, read and recorded."""
+"""What a detector may learn from, and how it takes in references of one category."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from anomalyst.bundle import ReferenceRecord
+import numpy as np
+
+from anomalyst.bundle import AbnormalRecord, ReferenceRecord
+from anomalyst.data.images import read_mask
+from anomalyst.data.masks import mask_at, patch_coverage
 from anomalyst.data.transforms import Preprocess
 from anomalyst.errors import InputError
-from anomalyst.inference import ImageSource, Item, read_batches
-from anomalyst.methods.base import MethodSpec
-from anomalyst.types import Progress, Sample
+from anomalyst.inference import ImageSource, Item, by_shape, read_batches, read_item, source_name
+from anomalyst.methods.base import AbnormalReference, MethodSpec
+from anomalyst.types import BoolArray, Progress, Sample
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from anomalyst.detector import Detector
+    from anomalyst.engine import Engine
+
+MaskSource = str | Path | np.ndarray
+AbnormalSource = tuple[ImageSource, MaskSource | None]
+SAME_PRODUCT = 0.75
 
 
 def record_of(item: Item) -> ReferenceRecord:
@@ -18,7 +33,7 @@ def record_of(item: Item) -> ReferenceRecord:
     return ReferenceRecord(name=Path(item.name).name, sha256=item.sha256)
 
 
-def require_normal(spec: MethodSpec, data: Sequence[Sample]) -> None:
+def require_learnable(spec: MethodSpec, data: Sequence[Sample]) -> None:
     """Raise unless there are images, and none that the method cannot learn from."""
     if not data:
         raise InputError("no training images: the data set has no train/good images")
@@ -31,22 +46,88 @@ def require_normal(spec: MethodSpec, data: Sequence[Sample]) -> None:
             )
 
 
-def new_references(
+def category_of(sample: Sample) -> str:
+    """Return a training image's category, which it must have."""
+    if sample.category is None:
+        raise InputError(f"{sample.path}: no category; give each training image one")
+    return sample.category
+
+
+def enroll(
+    detector: Detector,
+    category: str,
+    normal: Sequence[ImageSource],
+    abnormal: Sequence[AbnormalSource],
+    progress: Progress | None,
+) -> None:
+    """Add references of one category; see `Detector.enroll`. All is checked before any is kept."""
+    _check_call(detector, category, normal, abnormal)
+    from anomalyst.retrieval import CategoryIndex
+
+    known = detector.references.get(category, [])
+    known_bad = detector.abnormal.get(category, [])
+    records: list[ReferenceRecord] = []
+    views: list[Sequence[Tensor]] = []
+    plain: list[Sequence[Tensor]] = []
+    engine, shown = detector.engine, detector.method.reference_views
+    for items in _new_references(category, normal, known, engine.preprocess, progress):
+        records += [record_of(item) for item in items]
+        for positions in by_shape(items):
+            same = [items[p] for p in positions]
+            found = [engine.features(same, view) for view in shown]
+            plain.append(found[0])
+            views.extend(found)
+    good = {record.sha256 for record in (*known, *records)}
+    bad = list(_new_abnormal(detector, category, abnormal, good, progress))
+    if not records and not bad:
+        count = len(normal) + len(abnormal)
+        raise InputError(f"category {category!r} has all {count} references already")
+    index = CategoryIndex()
+    index.load(detector.index.tensors())
+    for features in plain:
+        index.add(category, features)
+    for item, reference in bad:
+        _require_same_product(category, item, index.similarities(reference.maps))
+
+    if views:
+        detector.method.enroll(category, views)
+    detector.index.load(index.tensors())
+    detector.references[category] = [*known, *records]
+    if bad:
+        detector.method.enroll_abnormal(category, [reference for _, reference in bad])
+        detector.abnormal[category] = [*known_bad, *(_abnormal_record(*pair) for pair in bad)]
+
+
+def _check_call(
+    detector: Detector,
+    category: str,
+    normal: Sequence[ImageSource],
+    abnormal: Sequence[AbnormalSource],
+) -> None:
+    spec = detector.spec
+    if abnormal and not spec.abnormal_references:
+        raise InputError(
+            f"{spec.name} cannot use abnormal references; "
+            "`anomalyst methods` shows which methods can"
+        )
+    if not category.strip() or not category.isprintable() or category.startswith("__"):
+        raise InputError(f"category {category!r}: give a printable name, not starting with __")
+    if not normal and not (abnormal and detector.references.get(category)):
+        raise InputError(f"category {category!r}: give at least one normal reference image")
+    if spec.trains_on is not None and not detector.method.trained:
+        raise InputError(f"{spec.name} is not trained yet: fit it on a data set first")
+
+
+def _new_references(
     category: str,
     sources: Sequence[ImageSource],
     known: Sequence[ReferenceRecord],
     preprocess: Preprocess,
     progress: Progress | None,
 ) -> Iterator[list[Item]]:
-    """Yield batches of the images that are not among the known ones, each content once.
-
-    Raises
-    ------
-    InputError
-        An image cannot be read, or all are known.
-    """
+    """Yield batches of the images that are not among the known ones, each content once."""
     seen = {record.sha256 for record in known}
-    done, found = 0, False
+    done = 0
     for batch in read_batches(sources, preprocess, 8):
         fresh = []
         for item in batch:
@@ -55,10 +136,109 @@ def new_references(
             if item.sha256 not in seen:
                 seen.add(item.sha256)
                 fresh.append(item)
-        found = found or bool(fresh)
         yield fresh
         done += len(batch)
         if progress:
             progress(f"enroll {category}", done, len(sources))
-    if not found:
-        raise InputError(f"category {category!r} has all {len(sources)} references already")
+
+
+# ---- abnormal references ------------------------------------------------------------------------
+
+
+def _new_abnormal(
+    detector: Detector,
+    category: str,
+    sources: Sequence[AbnormalSource],
+    good: set[str],
+    progress: Progress | None,
+) -> Iterator[tuple[Item, AbnormalReference]]:
+    """Yield the abnormal images that are not enrolled yet, with their features and defect."""
+    seen = {record.sha256 for record in detector.abnormal.get(category, [])}
+    for number, (source, mask) in enumerate(sources):
+        item = read_item(source, source_name(source, number), detector.engine.preprocess)
+        if item.error:
+            raise InputError(f"abnormal reference of {category!r}: {item.error}")
+        if item.sha256 in good:
+            raise InputError(
+                f"{item.name}: given as abnormal, but it is a normal reference of {category!r}; "
+                "take it out of one of the two"
+            )
+        if item.sha256 not in seen:
+            seen.add(item.sha256)
+            defect = None if mask is None else defect_mask(mask, item)
+            yield item, _reference(detector.engine, item, defect)
+        if progress:
+            progress(f"enroll {category}, abnormal", number + 1, len(sources))
+
+
+def _reference(engine: Engine, item: Item, defect: BoolArray | None) -> AbnormalReference:
+    """Return the features of an abnormal image, and its mask on the grid of patches."""
+    import torch
+
+    maps = engine.features([item])
+    if defect is None:
+        return AbnormalReference(maps)
+    box = engine.preprocess.box(*item.size)
+    coverage = patch_coverage(defect, box, (maps[0].shape[-2], maps[0].shape[-1]))
+    if not coverage.any():
+        raise InputError(
+            f"{item.name}: its defect lies outside the part of the image that is looked at "
+            "(the preset crops the border)"
+        )
+    seen = mask_at(defect, box, engine.preprocess.output_size(*item.size))
+    covered, mask = (torch.from_numpy(x).float().to(engine.device) for x in (coverage, seen))
+    return AbnormalReference(maps, covered, mask)
+
+
+def defect_mask(mask: MaskSource, item: Item) -> BoolArray:
+    """Return the mask of an image as bool ``[H, W]``.
+
+    Raises
+    ------
+    InputError
+        It cannot be read, is of another size than the image, or marks nothing or everything.
+    """
+    if isinstance(mask, np.ndarray):
+        if mask.shape != item.size:
+            raise InputError(
+                f"{item.name}: its mask is an array of shape {list(mask.shape)}, the image has "
+                f"{item.size[0]} rows and {item.size[1]} columns; give a mask of the same size"
+            )
+        name, marked = f"the mask of {item.name}", np.greater(mask, 0)
+    else:
+        name, marked = str(mask), read_mask(mask, item.size, item.name)
+    if not marked.any():
+        raise InputError(f"{name}: marks no pixel; mark the defect, or leave the mask out")
+    if marked.all():
+        raise InputError(
+            f"{name}: marks the whole image; mark the defect alone, or leave the mask out"
+        )
+    return marked
+
+
+def _require_same_product(category: str, item: Item, similar: Mapping[str, float]) -> None:
+    """Raise where an abnormal image is not of the category, by its likeness to normal references.
+
+    Its defect changes an image far less than its product does: see docs/benchmarks.md.
+    """
+    nearest = max(similar, key=lambda name: similar[name])
+    own = similar[category]
+    if similar[nearest] > own:
+        raise InputError(
+            f"{item.name}: looks like {nearest!r} (similarity {similar[nearest]:.2f}), not like "
+            f"{category!r} ({own:.2f}); give a defect of the same product"
+        )
+    if own < SAME_PRODUCT:
+        raise InputError(
+            f"{item.name}: looks like another product than {category!r} (similarity {own:.2f}, "
+            f"{SAME_PRODUCT} is expected); give a defect of the same product in the same view"
+        )
+
+
+def _abnormal_record(item: Item, reference: AbnormalReference) -> AbnormalRecord:
+    plain = record_of(item)
+    return AbnormalRecord(
+        name=plain.name,
+        sha256=plain.sha256,
+        mask="found" if reference.coverage is None else "given",
+    )

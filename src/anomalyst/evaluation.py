@@ -18,6 +18,7 @@ import numpy as np
 from anomalyst.bundle import now, package_versions
 from anomalyst.data.images import read_mask
 from anomalyst.data.layouts import Dataset
+from anomalyst.data.masks import mask_at
 from anomalyst.detector import Detector
 from anomalyst.errors import InputError
 from anomalyst.files import replace_file
@@ -50,6 +51,14 @@ class CategoryEvaluation:
         """Pixel-level metrics, once every image was added."""
         return self.pixel_metrics.result() if self.masks else None
 
+    @property
+    def figures(self) -> dict[str, Any]:
+        """Numbers of images and every metric, None where it is not defined."""
+        labels = [sample.label for sample in self.samples]
+        values: dict[str, Any] = dict.fromkeys(METRICS)
+        values |= self.image.metrics() | (self.pixel.metrics() if self.pixel else {})
+        return {"n_normal": labels.count(0), "n_anomalous": labels.count(1), **values}
+
     def add(self, sample: Sample, prediction: Prediction, eval_size: int | None) -> None:
         """Take in one judged image; a mask that cannot be read raises `InputError`."""
         score_map = prediction.score_map
@@ -73,13 +82,10 @@ def _at_eval_size(
     seen = ScoreMap(
         score_map.values, (height, width), score_map.sigma, (0.0, 0.0, float(height), float(width))
     )
-    rows, columns = (height, width) if eval_size is None else (eval_size, eval_size)
+    size = (height, width) if eval_size is None else (eval_size, eval_size)
     if mask is not None:
-        # Nearest neighbour at pixel centres, as the papers resize their masks.
-        y = top + ((np.arange(rows) + 0.5) * height / rows).astype(int)
-        x = left + ((np.arange(columns) + 0.5) * width / columns).astype(int)
-        mask = mask[np.ix_(y, x)]
-    return seen.at(rows, columns), mask
+        mask = mask_at(mask, (top, left, height, width), size)  # as the papers resize their masks
+    return seen.at(*size), mask
 
 
 @dataclass
@@ -89,6 +95,51 @@ class Evaluation:
     categories: dict[str, CategoryEvaluation]
     metrics: dict[str, Any]
     errors: list[str]
+
+
+@dataclass
+class Judged:
+    """Test images judged so far, by one detector or by several in turn.
+
+    Attributes
+    ----------
+    total
+        Number of images that there will be.
+    """
+
+    eval_size: int | None
+    total: int
+    categories: dict[str, CategoryEvaluation] = field(default_factory=dict)
+    errors: list[str] = field(default_factory=list)
+    images: int = 0
+    seconds: float = 0.0
+
+    def add(
+        self, detector: Detector, samples: Sequence[Sample], progress: Progress | None = None
+    ) -> None:
+        """Judge images; those that the detector has as references or was made on do not count."""
+        for name in dict.fromkeys(sample.category or "" for sample in samples):
+            self.categories.setdefault(name, CategoryEvaluation(name))
+        known = set(detector.image_hashes)
+        predictions = detector.predict(samples)
+        for sample in samples:
+            began = time.perf_counter()
+            prediction = next(predictions)
+            self.seconds += time.perf_counter() - began
+            try:
+                if prediction.error is not None:
+                    raise InputError(prediction.error)
+                if prediction.sha256 not in known:
+                    self.categories[sample.category or ""].add(sample, prediction, self.eval_size)
+            except InputError as error:
+                self.errors.append(str(error))
+            self.images += 1
+            if progress:
+                progress("evaluate", self.images, self.total)
+
+    def result(self, detector: Detector) -> Evaluation:
+        """Measure, and say that ``detector`` did it."""
+        return Evaluation(self.categories, _summary(detector, self), self.errors)
 
 
 def evaluate(
@@ -126,50 +177,18 @@ def evaluate(
             "bad (see the layouts in the documentation)"
         )
     samples = belonging(detector, data, data.test)
-    known = set(detector.image_hashes)
-    names = dict.fromkeys(sample.category or "" for sample in samples)
-    found = {name: CategoryEvaluation(name) for name in names}
-    errors: list[str] = []
-    seconds = 0.0
-    predictions = detector.predict(samples)
-    for done, sample in enumerate(samples, start=1):
-        began = time.perf_counter()
-        prediction = next(predictions)
-        seconds += time.perf_counter() - began
-        try:
-            if prediction.error is not None:
-                raise InputError(prediction.error)
-            if prediction.sha256 not in known:
-                found[sample.category or ""].add(sample, prediction, eval_size)
-        except InputError as error:
-            errors.append(str(error))
-        if progress:
-            progress("evaluate", done, len(samples))
-    metrics = _summary(detector, list(found.values()), seconds, len(samples), eval_size)
-    return Evaluation(found, metrics, errors)
+    judged = Judged(eval_size, len(samples))
+    judged.add(detector, samples, progress)
+    return judged.result(detector)
 
 
-def _summary(
-    detector: Detector,
-    categories: Sequence[CategoryEvaluation],
-    seconds: float,
-    images: int,
-    eval_size: int | None,
-) -> dict[str, Any]:
+def _summary(detector: Detector, judged: Judged) -> dict[str, Any]:
     """Return the content of ``metrics.json``."""
     rows: dict[str, dict[str, Any]] = {}
-    for category in categories:
-        labels = [sample.label for sample in category.samples]
-        pixel = category.pixel
-        values: dict[str, float | None] = dict.fromkeys(METRICS)
-        values |= category.image.metrics() | (pixel.metrics() if pixel else {})
-        rows[category.name] = {
-            "n_normal": labels.count(0),
-            "n_anomalous": labels.count(1),
-            **values,
-        }
-        if pixel and not pixel.exact:
-            rows[category.name]["pixel_error_bound"] = vars(pixel.error_bound)
+    for name, category in judged.categories.items():
+        rows[name] = category.figures
+        if category.pixel and not category.pixel.exact:
+            rows[name]["pixel_error_bound"] = vars(category.pixel.error_bound)
     backbone = detector.engine.backbone
     return {
         "method": detector.spec.name,
@@ -178,14 +197,14 @@ def _summary(
         "layers": list(backbone.layers),
         "weights_sha256": backbone.weights_sha256,
         "image_size": detector.engine.preprocess.image_size,
-        "eval_size": eval_size or "original",
+        "eval_size": judged.eval_size or "original",
         "setting": detector.setting,
         "shots": detector.shots,
         "seed": detector.seed,
         "categories": rows,
         "mean": mean_metrics(list(rows.values())),
-        "seconds": {"train": 0.0, "enroll": 0.0, **detector.seconds, "predict": seconds},
-        "images_per_second": images / seconds,
+        "seconds": {"train": 0.0, "enroll": 0.0, **detector.seconds, "predict": judged.seconds},
+        "images_per_second": judged.images / judged.seconds,
         "peak_rss_mb": peak_rss_mb(),
         "environment": environment(),
     }

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from anomalyst.bundle import check_destination
-from anomalyst.data.layouts import load_training
+from anomalyst.data.layouts import load_together
 from anomalyst.detector import Detector
+from anomalyst.errors import InputError
 from anomalyst.promises import require_held_out
 from anomalyst.training_setup import TrainingSetup
 from anomalyst.types import Progress
@@ -40,11 +41,16 @@ def fit_bundle(
     Raises
     ------
     InputError
-        As `load_training`, `Detector.fit` and `Detector.save`; or a level cannot be promised.
+        As `load_together`, `Detector.fit` and `Detector.save`; or a level cannot be promised.
     """
     check_destination(output)
-    samples = load_training(roots, layout=layout, categories=categories)
-    require_held_out(samples, calibration, levels)
+    data = load_together(roots, layout=layout, categories=categories)
+    samples = data.train
+    if detector.trains_apart:
+        _require_no_calibration(levels)
+        samples += data.test
+    else:
+        require_held_out(samples, calibration, levels)
     detector.fit(
         samples, shots=shots, calibration=calibration, training=training, progress=progress
     )
@@ -52,3 +58,11 @@ def fit_bundle(
         detector.setting = "super-multi"
     detector.save(output)
     training.finish()
+
+
+def _require_no_calibration(levels: Sequence[float | None]) -> None:
+    if any(level is not None for level in levels):
+        raise InputError(
+            "--alpha and --alpha-review promise nothing of products that are enrolled later: "
+            "leave them out, and give them to `anomalyst calibrate`"
+        )

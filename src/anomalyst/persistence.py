@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -46,6 +48,7 @@ def _describe(detector: Detector) -> Manifest:
         calibration = detector.calibration.get(name, Calibration((), ()))
         categories[name] = CategoryRecord(
             references=references,
+            abnormal=detector.abnormal.get(name, []),
             calibration_scores=list(calibration.scores),
             calibration_maxima=list(calibration.maxima),
             calibration_sha256=list(calibration.images),
@@ -72,7 +75,11 @@ def _describe(detector: Detector) -> Manifest:
 
 
 def load_detector(
-    path: Path, device: str, decision: Decision | None, cache: FeatureCache | None
+    path: Path,
+    device: str,
+    decision: Decision | None,
+    cache: FeatureCache | None,
+    options: Mapping[str, Any],
 ) -> Detector:
     """Read a bundle; nothing else is read, the network least of all."""
     manifest, arrays = read_bundle(path)
@@ -95,7 +102,7 @@ def load_detector(
         square=preprocess.square,
         resize=preprocess.resize,
         layers=record.layers,
-        options=manifest.options,
+        options={**manifest.options, **options},
         decision=decision or Decision(manifest.alpha, manifest.alpha_review),
         seed=manifest.seed,
         device=device,
@@ -103,13 +110,15 @@ def load_detector(
         feature_cache=cache,
     )
     method = detector.spec.load()
-    condenser = method.condenser(make_options(method, manifest.options))
+    condenser = method.condenser(make_options(method, detector.options))
     detector.restore(Engine(backbone, preprocess, target, cache, condenser), parts)
     detector.trained_on = manifest.trained_on
     detector.setting, detector.shots = manifest.setting, manifest.shots
     detector.seconds = manifest.seconds
     for name, known in manifest.categories.items():
         detector.references[name] = known.references
+        if known.abnormal:
+            detector.abnormal[name] = known.abnormal
         if known.calibration_scores:
             detector.calibration[name] = Calibration.of(
                 known.calibration_scores, known.calibration_maxima, known.calibration_sha256

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +22,8 @@ def state(detector: Detector) -> list[dict[str, Any]]:
             {
                 "category": name,
                 "references": len(references),
+                "abnormal": len(detector.abnormal.get(name, [])),
+                "masks_found": sum(r.mask == "found" for r in detector.abnormal.get(name, [])),
                 "calibrated_on": calibration.count if calibration else 0,
                 "smallest_alpha": calibration.smallest_level if calibration else None,
                 "alpha": detector.decision.alpha,
@@ -35,7 +37,9 @@ def describe(detector: Detector, categories: Iterable[str] | None = None) -> lis
     lines = []
     if not detector.references:
         lines.append(
-            "no category yet: scores for images of any, verdicts once calibrated "
+            "no category yet: give it a product's references with `anomalyst enroll`"
+            if detector.trains_apart
+            else "no category yet: scores for images of any, verdicts once calibrated "
             "(`anomalyst calibrate`)"
         )
     for row in state(detector):
@@ -51,8 +55,17 @@ def describe(detector: Detector, categories: Iterable[str] | None = None) -> lis
                 f"calibrated on {count}: NG at {alpha:g} needs {normals_needed(alpha)}, "
                 f"the least here is --alpha {row['smallest_alpha']:.4f}"
             )
-        lines.append(f"{name}: {row['references']} references, {promise}")
+        lines.append(f"{name}: {row['references']} references{_abnormal(row)}, {promise}")
     return lines
+
+
+def _abnormal(row: Mapping[str, Any]) -> str:
+    """Return the abnormal references in words, empty without any."""
+    if not row["abnormal"]:
+        return ""
+    found = row["masks_found"]
+    how = f" ({found} without a mask: the defect was found, look whether rightly)" if found else ""
+    return f" and {row['abnormal']} abnormal{how}"
 
 
 def require_levels(

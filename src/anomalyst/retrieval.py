@@ -36,6 +36,11 @@ class CategoryIndex:
         )  # (categories, B)
         return [names[k] for k in best.argmax(dim=0).tolist()]
 
+    def similarities(self, features: Sequence[Tensor]) -> dict[str, float]:
+        """Return for each category the cosine of one image to its nearest reference."""
+        query = describe(features)[0]
+        return {name: float((kept @ query).max()) for name, kept in self._descriptors.items()}
+
     def tensors(self) -> dict[str, Tensor]:
         """Return the descriptors by category, for the bundle."""
         return dict(self._descriptors)

@@ -12,7 +12,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -29,8 +29,11 @@ from anomalyst.training_run import TrainingRun
 from anomalyst.training_setup import Precision
 from anomalyst.types import Progress
 
-Batch = list[list[Tensor]]
-"""Feature maps of one step: for each shape of image, the maps of every layer."""
+Batch = Sequence[Sequence[Any]]
+"""What one step sees, in parts; the first entry of a part is as long as the part has images.
+
+Of most methods a part is, for one shape of image, the maps of every layer.
+"""
 
 
 class Source(Protocol):
@@ -77,7 +80,7 @@ class Plan:
                 f"batches of {batch} images cannot be shared among {processes} devices: "
                 "choose another --devices or batch_size"
             )
-        return cls(options.steps or options.epochs * (images // batch), batch)
+        return cls(options.planned_steps(images, batch), batch)
 
 
 def train(
@@ -147,7 +150,7 @@ def _work(
 ) -> None:
     """Run the loop in one process."""
     objective = _Objective(network)
-    optimizer = StableAdamW(network.parameters(), weight_decay=options.weight_decay)
+    optimizer = options.optimizer(network.parameters())
     first = run.restore(network, optimizer) if run else 0
     model, stepper = fabric.setup(objective, optimizer)
     model.train()
@@ -157,14 +160,14 @@ def _work(
     batches = draw_batches(len(source), plan, seed, first)
     with _interrupt_between_steps() as interrupted:
         for step, numbers in enumerate(batches, start=first):
-            rate = learning_rate(step, plan.steps, options)
+            rate = options.rate(step, plan.steps)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             stepper.zero_grad()
             losses = model(source.fetch(numbers[mine]))
             fabric.backward(losses["loss"])
             norm = fabric.clip_gradients(
-                model, stepper, max_norm=options.clip, error_if_nonfinite=False
+                model, stepper, max_norm=options.clip or math.inf, error_if_nonfinite=False
             )
             found = {name: _mean(fabric, value) for name, value in losses.items()}
             _require_finite(step, found["loss"], float(norm if norm is not None else 0.0), run)
@@ -252,74 +255,6 @@ def draw_batches(images: int, plan: Plan, seed: int, first: int = 0) -> Iterator
             generator = torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**63)
             order = torch.randperm(images, generator=generator).tolist()
         yield order[place * plan.batch_size : (place + 1) * plan.batch_size]
-
-
-def learning_rate(step: int, steps: int, options: TrainingOptions) -> float:
-    """Return the rate of a step: a line from 0 over the warm-up, then half a cosine.
-
-    Both ends of the line are taken, so the first step has rate 0 and the last of the warm-up and
-    the first of the cosine the full one.
-    """
-    warmup = min(options.warmup, steps)
-    high, low = options.learning_rate, options.final_learning_rate
-    if step < warmup:
-        return high * step / max(warmup - 1, 1)
-    return low + (high - low) * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
-
-
-class StableAdamW(torch.optim.Optimizer):
-    """AdamW with amsgrad whose update is damped where the gradient outruns its second moment.
-
-    Wortsman et al., "Stable and low-precision training for large-scale vision-language models",
-    NeurIPS 2023, in INP-Former's form: the running maximum is taken of the uncorrected second
-    moment, and the damping is the root mean square of gradient over its root, a tensor at a time.
-
-    Parameters
-    ----------
-    params
-        What to train.
-    lr
-        Learning rate, set anew before every step.
-    betas, eps
-        As in Adam.
-    weight_decay
-        Decoupled, of all tensors alike.
-    """
-
-    def __init__(
-        self,
-        params: Iterable[nn.Parameter],
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-10,
-        weight_decay: float = 1e-4,
-    ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Update every parameter that has a gradient."""
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, parameter.grad, group)
-
-    def _update(self, parameter: Tensor, gradient: Tensor, group: Mapping[str, Any]) -> None:
-        state = self.state[parameter]
-        if not state:
-            state["step"] = 0
-            for name in ("first", "second", "highest"):
-                state[name] = torch.zeros_like(parameter)
-        state["step"] += 1
-        rate, (beta1, beta2) = group["lr"], group["betas"]
-        parameter.mul_(1 - rate * group["decay"])
-        state["first"].lerp_(gradient, 1 - beta1)
-        state["second"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        torch.maximum(state["highest"], state["second"], out=state["highest"])
-        root = state["highest"].sqrt().div_((1 - beta2 ** state["step"]) ** 0.5).add_(group["eps"])
-        surprise = (gradient / root).square_().mean().sqrt().clamp_(min=1)
-        size = rate / (1 - beta1 ** state["step"])
-        parameter.sub_(state["first"].div(root).mul_(size / surprise))
 
 
 def _require_finite(step: int, loss: float, norm: float, run: TrainingRun | None) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from anomalyst.bundle import ReferenceRecord
-from anomalyst.data.images import read_file
+from anomalyst.data.images import read_file, read_image
 from anomalyst.engine import Engine
 from anomalyst.enrolment import record_of
 from anomalyst.errors import InputError
@@ -49,6 +49,7 @@ class TrainingFeatures:
         self.samples = list(samples)
         self.views = tuple(views)
         self._records: list[ReferenceRecord] = []
+        self._sizes: dict[int, tuple[int, int]] = {}
         self._keys: list[str] = []
         if engine.cache is not None:
             self._fill(progress)
@@ -65,6 +66,14 @@ class TrainingFeatures:
             )
             for sample in self.samples
         ]
+
+    def size(self, number: int) -> tuple[int, int]:
+        """Return the original (height, width) of an image, in pixels."""
+        image = number // len(self.views)
+        if image not in self._sizes:
+            pixels = read_image(self.samples[image].path)
+            self._sizes[image] = (pixels.shape[0], pixels.shape[1])
+        return self._sizes[image]
 
     def fetch(self, numbers: Sequence[int]) -> list[list[Tensor]]:
         """Return the maps of those numbers, in one batch for each shape of map.
@@ -89,6 +98,7 @@ class TrainingFeatures:
             keys = [self.engine.cache_keys(items, view) for view in self.views]
             self._keys += [key for of_item in zip(*keys, strict=True) for key in of_item]
             self._records += [record_of(item) for item in items]
+            self._sizes |= {done + k: item.size for k, item in enumerate(items)}
             for same in by_shape(items):
                 for view in self.views:
                     self.engine.features([items[p] for p in same], view)

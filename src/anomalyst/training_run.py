@@ -22,7 +22,6 @@ from anomalyst.files import make_folder, replace_file
 from anomalyst.training_setup import CHECKPOINT
 
 _log = logging.getLogger(__name__)
-_STATE = ("first", "second", "highest")
 
 
 @dataclass
@@ -100,9 +99,11 @@ class TrainingRun:
         for name, parameter in network.named_parameters():
             parameter.data.copy_(tensors[f"network.{name}"])
             state = optimizer.state[parameter]
-            state["step"] = step
-            for part in _STATE:
-                state[part] = tensors[f"{part}.{name}"].to(parameter.device)
+            for key, value in tensors.items():
+                part, _, owner = key.partition(".")
+                if owner == name and part != "network":
+                    # Step numbers stay where optimisers keep them, on the processor.
+                    state[part] = value.to(parameter.device) if value.ndim else value
         self._saved_step = step
         self._cut_log(step)
         return step
@@ -145,8 +146,8 @@ class TrainingRun:
         tensors: dict[str, Tensor] = {}
         for name, parameter in network.named_parameters():
             tensors[f"network.{name}"] = parameter.detach()
-            for part in _STATE:
-                tensors[f"{part}.{name}"] = optimizer.state[parameter][part]
+            for part, value in optimizer.state[parameter].items():
+                tensors[f"{part}.{name}"] = torch.as_tensor(value)
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         said = {"step": str(step), "settings": _text(self.settings)}
         blob = save(tensors, {**said, "sha256": _digest(tensors)})

@@ -36,10 +36,10 @@ def train_method(
     hardware = Hardware(engine.device, setup.devices, setup.precision)
     views = method.training_views(few_shot)
     Plan.of(method.options, len(samples) * len(views), setup.devices)  # a slip must not wait
-    source = TrainingFeatures(engine, samples, views, progress)
+    features = TrainingFeatures(engine, samples, views, progress)
     train(
         method.network,
-        source,
+        method.source(features),
         method.options,
         seed=method.seed,
         hardware=hardware,
@@ -47,7 +47,7 @@ def train_method(
         progress=progress,
     )
     method.trained = True
-    return source
+    return features
 
 
 def _run(

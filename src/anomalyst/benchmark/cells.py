@@ -10,12 +10,90 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from anomalyst.benchmark.config import ONE_EACH, BenchmarkConfig
+from anomalyst.benchmark.config import ONE_EACH, SHIPPED_BUNDLE, BenchmarkConfig
+from anomalyst.bundle import read_bundle
 from anomalyst.data.layouts import Dataset, load_together
 from anomalyst.errors import InputError
+from anomalyst.methods.base import find_method
 from anomalyst.types import Sample
+
+
+@dataclass(frozen=True)
+class SourceTraining:
+    """A training on a source domain, whose weights many cells stand on.
+
+    Attributes
+    ----------
+    arguments
+        Of the `Detector`, as of a `Cell`.
+    """
+
+    record: ClassVar[str] = "training.json"
+    method: str
+    arguments: Mapping[str, Any]
+    seed: int
+    folders: Sequence[Path]
+    data: Dataset
+
+    @property
+    def samples(self) -> tuple[Sample, ...]:
+        """All images of the source, normal and abnormal."""
+        return self.data.train + self.data.test
+
+    @cached_property
+    def configuration(self) -> dict[str, Any]:
+        """Everything that the weights depend on, ready for JSON."""
+        return {
+            "method": self.method,
+            "seed": self.seed,
+            "detector": _plain(self.arguments),
+            "data": _described(self.folders, self.data),
+            "files": _digest(self.samples),
+        }
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of the configuration."""
+        return _hash(self.configuration)
+
+
+@dataclass(frozen=True)
+class Generalist:
+    """What a cell of the setting ``generalist`` has beside the rest.
+
+    Attributes
+    ----------
+    abnormal
+        Abnormal references a category.
+    by_type
+        Whether each defect type is judged with abnormal references of its own.
+    bundle
+        Which trained bundle the cell stands on instead of ``training``; both are None for a method
+        without gradient steps.
+    contents
+        Tells that bundle from every other one.
+    at_test
+        Options laid over those that it was trained with.
+    """
+
+    abnormal: int
+    by_type: bool
+    training: SourceTraining | None
+    bundle: str | None
+    contents: Mapping[str, str] | None
+    at_test: Mapping[str, Any]
+
+    @property
+    def configuration(self) -> dict[str, Any]:
+        """All that a figure depends on, ready for JSON."""
+        return {
+            "abnormal": self.abnormal,
+            "references": "type" if self.by_type else "category",
+            "training": self.training.configuration if self.training else self.contents,
+            "at_test": _plain(self.at_test),
+        }
 
 
 @dataclass(frozen=True)
@@ -32,8 +110,11 @@ class Cell:
         Of the `Detector`, less the seed and what does not change a figure.
     folders
         Of the training and of the test data.
+    train
+        What is learned from; for ``generalist`` the target, which the references are drawn from.
     """
 
+    record: ClassVar[str] = "cell.json"
     method: str
     variant: str
     setting: str
@@ -45,13 +126,20 @@ class Cell:
     folders: tuple[Sequence[Path], Sequence[Path]]
     train: Dataset
     test: Dataset
+    generalist: Generalist | None = None
+
+    @property
+    def abnormal(self) -> int | None:
+        """Abnormal references a category, None where the setting knows none."""
+        return None if self.generalist is None else self.generalist.abnormal
 
     @property
     def label(self) -> str:
         """The cell in words."""
         shots = f"{self.shots} shot" + "s" * (self.shots != 1) if self.shots else None
         variant = None if self.variant == "default" else self.variant
-        parts = (self.method, variant, shots, f"seed {self.seed}", self.category)
+        abnormal = f"{self.abnormal} abnormal" if self.generalist else None
+        parts = (self.method, variant, shots, abnormal, f"seed {self.seed}", self.category)
         return ", ".join(part for part in parts if part)
 
     @property
@@ -60,13 +148,13 @@ class Cell:
         shots = f"{self.shots}-shot" if self.shots else None
         variant = None if self.variant == "default" else _file_name(self.variant)
         category = self.category and _file_name(self.category)
-        parts = (self.method, variant, shots, f"seed-{self.seed}", category)
+        abnormal = f"{self.abnormal}-abnormal" if self.generalist else None
+        parts = (self.method, variant, shots, abnormal, f"seed-{self.seed}", category)
         return "+".join(part for part in parts if part)
 
     @cached_property
     def configuration(self) -> dict[str, Any]:
         """Everything that its figures depend on, ready for JSON."""
-        train, test = ([str(path.resolve()) for path in paths] for paths in self.folders)
         return {
             "method": self.method,
             "variant": self.variant,
@@ -74,16 +162,17 @@ class Cell:
             "shots": self.shots,
             "seed": self.seed,
             "eval_size": self.eval_size or "original",
-            "detector": json.loads(json.dumps(self.arguments, default=str)),
-            "data": {"folders": train, "categories": list(self.train.categories)},
-            "test": {"folders": test, "categories": list(self.test.categories)},
+            "detector": _plain(self.arguments),
+            "data": _described(self.folders[0], self.train),
+            "test": _described(self.folders[1], self.test),
             "files": _digest([*self.train.train, *self.test.test]),
+            **(self.generalist.configuration if self.generalist else {}),
         }
 
     @cached_property
     def sha256(self) -> str:
         """Hash of the configuration."""
-        return hashlib.sha256(json.dumps(self.configuration, sort_keys=True).encode()).hexdigest()
+        return _hash(self.configuration)
 
 
 @dataclass(frozen=True)
@@ -114,11 +203,11 @@ def plan(config: BenchmarkConfig) -> list[Cell]:
     InputError
         The data cannot be listed, lacks a category, or has no test images.
     """
+    if config.setting == "generalist":
+        return list(_generalist_cells(config))
     parts = list(_parts(config))
     for _, _, test in parts:
-        if not test.test:
-            names = ", ".join(test.categories)
-            raise InputError(f"{test.root}: no test images of {names} to measure on")
+        _require_test(test)
     folders = (config.data, config.test or config.data)
     cells = []
     for method, variant in product(config.methods, config.variants):
@@ -142,6 +231,66 @@ def _parts(config: BenchmarkConfig) -> Iterator[tuple[str | None, Dataset, Datas
         return
     for name in train.categories:
         yield name, train.only([name]), test.only([name])
+
+
+def _require_test(data: Dataset) -> None:
+    if not data.test:
+        names = ", ".join(data.categories)
+        raise InputError(f"{data.root}: no test images of {names} to measure on")
+
+
+def _generalist_cells(config: BenchmarkConfig) -> Iterator[Cell]:
+    """Yield the cells over all test categories; those of a method and variant share a training."""
+    target = load_together(config.test)
+    if config.categories:
+        target = target.only(config.categories)
+    _require_test(target)
+    source = load_together(config.data) if config.data else None
+    contents = _contents(config.bundle) if config.bundle else None
+    for method, variant in product(config.methods, config.variants):
+        spec = find_method(method)
+        training, bundle = None, config.bundle if spec.trains_on else None
+        arguments = {} if bundle else config.arguments(method, variant)
+        if spec.trains_on and source:
+            training = SourceTraining(method, arguments, config.seeds[0], config.data, source)
+        counts = [count for count in config.abnormal if not count or spec.abnormal_references]
+        for shots, abnormal, seed in product(config.shots, counts, config.seeds):
+            more = Generalist(
+                abnormal,
+                bool(abnormal) and config.references == "type",
+                training,
+                bundle,
+                contents if bundle else None,
+                variant.at_test,
+            )
+            chosen = (method, variant.name, config.setting, shots, seed, None, config.eval_size)
+            folders = (config.test, config.test)
+            yield Cell(*chosen, arguments, folders, target, target, more)
+
+
+def _contents(bundle: str) -> Mapping[str, str]:
+    """Return what tells a bundle from every other one."""
+    if bundle == SHIPPED_BUNDLE:
+        from anomalyst.generalist import model_card
+
+        return {"model card": _hash(model_card())}
+    return read_bundle(Path(bundle).expanduser())[0].sha256
+
+
+def _plain(values: Mapping[str, Any]) -> Any:
+    """Return settings as they come out of JSON."""
+    return json.loads(json.dumps(values, default=str))
+
+
+def _described(folders: Sequence[Path], data: Dataset) -> dict[str, list[str]]:
+    return {
+        "folders": [str(path.resolve()) for path in folders],
+        "categories": list(data.categories),
+    }
+
+
+def _hash(configuration: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(configuration, sort_keys=True).encode()).hexdigest()
 
 
 def _file_name(part: str) -> str:

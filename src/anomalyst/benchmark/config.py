@@ -16,12 +16,18 @@ from anomalyst.methods.base import MethodSpec, find_method, make_options
 from anomalyst.settings import DETECTOR_KEYS, detector_settings
 
 SHIPPED = Path(__file__).parent / "configs"
-Setting = Literal["single", "multi", "super-multi", "few-shot", "few-shot-multi", "zero-shot"]
+Setting = Literal[
+    "single", "multi", "super-multi", "few-shot", "few-shot-multi", "generalist", "zero-shot"
+]
 ONE_EACH = ("single", "few-shot")  # settings with a model of its own for each category
+ELSEWHERE = ("generalist", "zero-shot")  # tested on other data than is trained on
+SHIPPED_BUNDLE = "shipped"
 _SHORTHAND = {
     "method": "methods"
 }  # a key for one value, and the key of the list that it stands for
 _LISTS = ("methods", "data", "test")
+_OF_TRAINING = ("data", "variants", "options", "steps", "epochs")
+_OF_DETECTOR = ("preset", "backbone", "weights", "image_size")
 
 
 class _Part(BaseModel):
@@ -29,10 +35,11 @@ class _Part(BaseModel):
 
 
 class Variant(_Part):
-    """One row of an ablation: options laid over the common ones."""
+    """One row of an ablation: options laid over the common ones, or over those of a training."""
 
     name: str = Field(min_length=1)
     options: dict[str, Any] = {}
+    at_test: dict[str, Any] = {}
 
 
 class _DetectorKeys(_Part):
@@ -59,7 +66,10 @@ class BenchmarkConfig(_Part):
     options: dict[str, Any] = {}
     steps: int | None = Field(None, ge=1)
     epochs: int | None = Field(None, ge=1)
+    bundle: str | None = None
     shots: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    abnormal: tuple[Annotated[int, Field(ge=0)], ...] = Field((0,), min_length=1)
+    references: Literal["category", "type"] = "category"
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**63)], ...] = Field((0,), min_length=1)
     eval_size: int | None = Field(EVAL_SIZE, ge=1)
     variants: tuple[Variant, ...] = Field((Variant(name="default"),), min_length=1)
@@ -214,17 +224,21 @@ def _without_lengths(config: BenchmarkConfig) -> BenchmarkConfig:
 
 def _check(config: BenchmarkConfig, where: str) -> None:
     _check_lists(config, where)
-    _check_data(config, where)
     specs = []
     for name in config.methods:
         try:
             specs.append(find_method(name))
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
+    if config.bundle is not None:
+        _check_bundle(config, specs, where)
+    _check_data(config, specs, where)
     _check_lengths(config, specs, where)
+    _check_abnormal(config, specs, where)
     for spec in specs:
         _check_setting(config.setting, spec, where)
-        for variant in config.variants:
+        of_bundle = config.bundle is not None and spec.trains_on is not None
+        for variant in () if of_bundle else config.variants:
             _check_options(config, spec, variant, where)
 
 
@@ -234,6 +248,7 @@ def _check_lists(config: BenchmarkConfig, where: str) -> None:
         "methods": config.methods,
         "categories": config.categories or (),
         "shots": config.shots,
+        "abnormal": config.abnormal,
         "seeds": config.seeds,
         "variants": names,
     }
@@ -241,26 +256,59 @@ def _check_lists(config: BenchmarkConfig, where: str) -> None:
         twice = [value for value in values if values.count(value) > 1]
         if twice:
             raise InputError(f"{where}: {key}: {twice[0]!r} stands there twice")
-    few = config.setting.startswith("few-shot")
+    few = config.setting.startswith("few-shot") or config.setting == "generalist"
     if few and not config.shots:
         raise InputError(f"{where}: shots: {config.setting} needs a list, such as [1, 2, 4]")
     if config.shots and not few:
         raise InputError(f"{where}: shots: {config.setting} takes none, leave them out")
+    if config.setting != "generalist":
+        given = [key for key in ("abnormal", "references", "bundle") if _is_given(config, key)]
+        given += ["at_test" for variant in config.variants if variant.at_test]
+        if given:
+            raise InputError(f"{where}: {given[0]}: only generalist takes it, leave it out")
 
 
-def _check_data(config: BenchmarkConfig, where: str) -> None:
-    if not config.data:
+def _is_given(config: BenchmarkConfig, key: str) -> bool:
+    """Tell whether a key says anything else than leaving it out."""
+    return bool(getattr(config, key) != BenchmarkConfig.model_fields[key].default)
+
+
+def _check_bundle(config: BenchmarkConfig, specs: Sequence[MethodSpec], where: str) -> None:
+    trained = [spec.name for spec in specs if spec.trains_on]
+    if len(trained) != 1:
+        raise InputError(
+            f"{where}: bundle: holds one trained method: name one in methods, not {len(trained)}"
+        )
+    own = (*_OF_TRAINING, *(_OF_DETECTOR if len(specs) == 1 else ()))
+    for key in own:
+        if _is_given(config, key):
+            raise InputError(
+                f"{where}: {key}: the bundle is trained already, leave {key} or the bundle out"
+            )
+    if config.bundle != SHIPPED_BUNDLE and not Path(config.bundle or "").expanduser().exists():
+        raise InputError(
+            f"{where}: bundle: {config.bundle}: no such bundle; {SHIPPED_BUNDLE} is "
+            "the one that comes with the package"
+        )
+
+
+def _check_data(config: BenchmarkConfig, specs: Sequence[MethodSpec], where: str) -> None:
+    needed = config.setting != "generalist" or any(spec.trains_on for spec in specs)
+    if needed and not config.data and config.bundle is None:
         raise InputError(f"{where}: names no data: give the folder with --data PATH")
+    if config.data and not needed:
+        names = " or ".join(config.methods)
+        raise InputError(f"{where}: data: {names} is not trained on a source, leave it out")
     if config.setting == "super-multi" and len(config.data) < 2:
         raise InputError(f"{where}: data: super-multi needs two or more folders")
-    if config.setting == "zero-shot":
+    if config.setting in ELSEWHERE:
         if not config.test:
             raise InputError(
-                f"{where}: names no test data, which zero-shot needs beside the training data: "
-                "give the folder with --test PATH"
+                f"{where}: names no test data, which {config.setting} needs beside the training "
+                "data: give the folder with --test PATH"
             )
         if {path.resolve() for path in config.data} & {path.resolve() for path in config.test}:
-            raise InputError(f"{where}: test: zero-shot is tested on data never trained on")
+            raise InputError(f"{where}: test: {config.setting} is tested on data never trained on")
 
 
 def _check_lengths(config: BenchmarkConfig, specs: Sequence[MethodSpec], where: str) -> None:
@@ -271,18 +319,43 @@ def _check_lengths(config: BenchmarkConfig, specs: Sequence[MethodSpec], where: 
         raise InputError(f"{where}: {names} takes no gradient steps: leave steps and epochs out")
 
 
+def _check_abnormal(config: BenchmarkConfig, specs: Sequence[MethodSpec], where: str) -> None:
+    for spec in specs:
+        if 0 not in config.abnormal and not spec.abnormal_references:
+            raise InputError(
+                f"{where}: abnormal: {spec.name} uses no abnormal references: put 0 into the list"
+            )
+    if config.references == "type" and config.abnormal == (0,):
+        raise InputError(f"{where}: references: type needs abnormal references: add abnormal: [1]")
+
+
 def _check_setting(setting: str, spec: MethodSpec, where: str) -> None:
     able = {"few-shot": spec.few_shot, "few-shot-multi": spec.few_shot, "zero-shot": spec.zero_shot}
     if not able.get(setting, True):
         raise InputError(
             f"{where}: setting: {spec.name} cannot do {setting}; `anomalyst methods` shows what can"
         )
+    if setting == "generalist" and spec.trains_on and not spec.needs_category:
+        raise InputError(
+            f"{where}: setting: {spec.name} cannot do generalist: it is trained on the very "
+            "products that it judges, not given references of others later"
+        )
+    if setting != "generalist" and spec.trains_on and spec.needs_category:
+        raise InputError(
+            f"{where}: setting: {spec.name} can do generalist only: it is trained on other "
+            "products than it judges"
+        )
 
 
 def _check_options(config: BenchmarkConfig, spec: MethodSpec, variant: Variant, where: str) -> None:
+    if variant.at_test and spec.trains_on is None:
+        raise InputError(
+            f"{where}: variant {variant.name!r}: at_test: {spec.name} takes no gradient steps: "
+            "give its options under options"
+        )
     try:
         chosen = config.arguments(spec.name, variant)
-        make_options(spec.load(), chosen["options"])
+        make_options(spec.load(), chosen["options"] | variant.at_test)
     except InputError as error:
         raise InputError(f"{where}: variant {variant.name!r}: {error}") from None
     keys = {key: chosen[key] for key in DETECTOR_KEYS if key in chosen}

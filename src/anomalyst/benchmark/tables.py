@@ -10,25 +10,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from anomalyst.benchmark.cells import Outcome
 from anomalyst.benchmark.config import BenchmarkConfig
+from anomalyst.benchmark.generalist import PARTS
 from anomalyst.evaluation import METRICS, mean_metrics
 from anomalyst.files import replace_file
 
 NOT_RUN = "not run"
-COLUMNS = ("method", "variant", "shots", "seeds", *METRICS)
+_APART = (
+    "same: defects of a type among the abnormal references', other: of other types, each with all "
+    "normal images and averaged over the categories that have such defects; none: all defects, "
+    "judged without abnormal references."
+)
 _SETTINGS = ("backbone", "weights_sha256", "image_size", "eval_size")
 _COUNTS = ("n_normal", "n_anomalous")
-_CSV = ("method", "variant", "setting", "shots", "seed", "category", "status", *_COUNTS, *METRICS)
+_CSV = ("method", "variant", "setting", "shots", "abnormal", "seed", "category", "status")
 
 
 @dataclass(frozen=True)
 class Row:
-    """A table's row: the outcomes of one method, variant and number of shots, by seed."""
+    """A table's row: the outcomes of one method, variant and number of references, by seed."""
 
     method: str
     variant: str
     shots: int | None
+    abnormal: int | None
     seeds: Mapping[int, Sequence[Outcome]]
 
     @property
@@ -49,36 +57,62 @@ class Row:
         return found
 
     def summary(self, category: str | None = None) -> dict[str, Any]:
-        """Return mean and sample standard deviation of each metric over the seeds."""
+        """Return mean, deviation and interval of each metric over the seeds."""
         figures = self.figures(category)
-        metrics = {key: _spread([row[key] for row in figures.values()]) for key in METRICS}
         return {
             "method": self.method,
             "variant": self.variant,
             "shots": self.shots,
+            "abnormal": self.abnormal,
             "seeds": list(figures),
             "seeds_not_run": [seed for seed in self.seeds if seed not in figures],
-            "metrics": metrics,
+            "metrics": _spreads(list(figures.values())),
         }
 
     def texts(self, category: str | None = None) -> list[str]:
-        """Return the cells of the row in `COLUMNS`."""
+        """Return the cells of the row in `columns`."""
         found = self.summary(category)
         done, total = len(found["seeds"]), len(self.seeds)
         seeds = str(total) if done in (0, total) else f"{done} of {total}"
-        shots = "all" if self.shots is None else str(self.shots)
         figures = [_text(value) if done else NOT_RUN for value in found["metrics"].values()]
-        return [self.method, self.variant, shots, seeds, *figures]
+        return [*self.names, seeds, *figures]
+
+    @property
+    def names(self) -> list[str]:
+        """The cells of the row that say what it is about."""
+        shots = "all" if self.shots is None else str(self.shots)
+        abnormal = [] if self.abnormal is None else [str(self.abnormal)]
+        return [self.method, self.variant, shots, *abnormal]
+
+    @property
+    def by_reference(self) -> dict[str, list[dict[str, Any]]]:
+        """Each seed's figures on known types of defects and on others, where they were told apart.
+
+        One list for each of `PARTS`; no seed that failed.
+        """
+        metrics = [o.metrics or {} for outcomes in self.seeds.values() for o in outcomes]
+        found = [each["by_reference"] for each in metrics if "by_reference" in each]
+        return {part: [figures[part] for figures in found] for part in PARTS} if found else {}
 
 
 def rows_of(outcomes: Sequence[Outcome]) -> list[Row]:
     """Return the rows of the table, in the order of the cells."""
-    groups: dict[tuple[str, str, int | None], dict[int, list[Outcome]]] = {}
+    groups: dict[tuple[str, str, int | None, int | None], dict[int, list[Outcome]]] = {}
     for outcome in outcomes:
         cell = outcome.cell
-        seeds = groups.setdefault((cell.method, cell.variant, cell.shots), {})
+        seeds = groups.setdefault((cell.method, cell.variant, cell.shots, cell.abnormal), {})
         seeds.setdefault(cell.seed, []).append(outcome)
     return [Row(*key, seeds) for key, seeds in groups.items()]
+
+
+def columns(rows: Sequence[Row]) -> list[str]:
+    """Return the heads of the table's columns."""
+    return [*_heads(rows), "seeds", *METRICS]
+
+
+def _heads(rows: Sequence[Row]) -> list[str]:
+    abnormal = any(row.abnormal is not None for row in rows)
+    return ["method", "variant", "shots", *["abnormal"] * abnormal]
 
 
 def write_tables(config: BenchmarkConfig, outcomes: Sequence[Outcome], folder: Path) -> None:
@@ -99,19 +133,35 @@ def _categories(outcomes: Sequence[Outcome]) -> dict[str, dict[str, Any]]:
 
 
 def _spread(values: Sequence[float | None]) -> dict[str, float | None] | None:
-    """Return mean and sample standard deviation; None where a metric is not defined."""
+    """Return mean, sample standard deviation and the mean's bootstrap 95 % interval over seeds.
+
+    None where a metric is not defined; two seeds and fewer have no interval.
+    """
     known = [value for value in values if value is not None]
     if not known:
         return None
+    low, high = _interval(known) if len(known) > 2 else (None, None)
     deviation = statistics.stdev(known) if len(known) > 1 else None
-    return {"mean": statistics.fmean(known), "sd": deviation}
+    return {"mean": statistics.fmean(known), "sd": deviation, "low": low, "high": high}
+
+
+def _interval(values: Sequence[float]) -> tuple[float, float]:
+    """Return the percentile bootstrap 95 % interval of the mean; the same numbers each time."""
+    drawn = np.random.default_rng(0).choice(np.array(values), (10_000, len(values)))
+    low, high = np.quantile(drawn.mean(axis=1), (0.025, 0.975))
+    return float(low), float(high)
+
+
+def _spreads(figures: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float | None] | None]:
+    return {key: _spread([row[key] for row in figures]) for key in METRICS}
 
 
 def _text(value: Mapping[str, float | None] | None) -> str:
     if value is None:
         return "–"  # noqa: RUF001
     deviation = "" if value["sd"] is None else f" ± {value['sd']:.3f}"
-    return f"{value['mean']:.3f}{deviation}"
+    interval = "" if value["low"] is None else f" [{value['low']:.3f}, {value['high']:.3f}]"
+    return f"{value['mean']:.3f}{deviation}{interval}"
 
 
 # ---- results.csv --------------------------------------------------------------------------------
@@ -119,7 +169,9 @@ def _text(value: Mapping[str, float | None] | None) -> str:
 
 def _csv(rows: Sequence[Row]) -> str:
     text = io.StringIO()
-    writer = csv.DictWriter(text, (*_CSV, *_SETTINGS, "cell"), lineterminator="\n")
+    writer = csv.DictWriter(
+        text, (*_CSV, *_COUNTS, *METRICS, *_SETTINGS, "cell"), lineterminator="\n"
+    )
     writer.writeheader()
     for row in rows:
         for seed, outcomes in row.seeds.items():
@@ -129,8 +181,8 @@ def _csv(rows: Sequence[Row]) -> str:
 
 def _lines(row: Row, seed: int, outcomes: Sequence[Outcome]) -> Iterator[dict[str, Any]]:
     """Yield a line for each category of one seed, and one for their mean."""
-    start = {"method": row.method, "variant": row.variant, "shots": row.shots, "seed": seed}
-    start["setting"] = outcomes[0].cell.setting
+    start = {"method": row.method, "variant": row.variant, "seed": seed}
+    start |= {"shots": row.shots, "abnormal": row.abnormal, "setting": outcomes[0].cell.setting}
     for outcome in outcomes:
         cell = outcome.cell
         if outcome.metrics is None and cell.category is not None:
@@ -158,11 +210,19 @@ def _line(category: str, found: Mapping[str, Any], outcome: Outcome) -> dict[str
 
 
 def _markdown(config: BenchmarkConfig, outcomes: Sequence[Outcome], rows: Sequence[Row]) -> str:
-    parts = [f"# {config.title}", *_facts(config, outcomes), _table([row.texts() for row in rows])]
+    heads = columns(rows)
+    parts = [f"# {config.title}", *_facts(config, outcomes)]
+    parts.append(_table(heads, [row.texts() for row in rows]))
+    if told_apart := _told_apart(rows):
+        parts += [
+            "## By type of defect",
+            _APART,
+            _table([*_heads(rows), "type", *METRICS], told_apart),
+        ]
     names = list(dict.fromkeys(name for row in rows for name in row.categories))
     if len(names) > 1:
         for name in names:
-            parts += [f"## {name}", _table([row.texts(name) for row in rows])]
+            parts += [f"## {name}", _table(heads, [row.texts(name) for row in rows])]
     failed = [f"- {o.cell.label}: {o.text}" for o in outcomes if o.metrics is None]
     if failed:
         parts += ["## Not run", "\n".join(failed)]
@@ -172,10 +232,13 @@ def _markdown(config: BenchmarkConfig, outcomes: Sequence[Outcome], rows: Sequen
 def _facts(config: BenchmarkConfig, outcomes: Sequence[Outcome]) -> Iterator[str]:
     """Yield what the figures depend on beside what stands in the table."""
     found = [outcome.metrics for outcome in outcomes if outcome.metrics]
-    folders = ", ".join(str(path) for path in config.data)
+    folders = config.bundle or ", ".join(map(str, config.data)) or None
     tested = ", ".join(str(path) for path in config.test or config.data)
+    generalist = config.setting == "generalist"
+    references = {"references by": [config.references]} if generalist else {}
     facts: dict[str, Sequence[Any]] = {
         "setting": [config.setting],
+        **references,
         "trained on": [folders],
         "tested on": [tested],
         "seeds": config.seeds,
@@ -189,7 +252,8 @@ def _facts(config: BenchmarkConfig, outcomes: Sequence[Outcome]) -> Iterator[str
     yield "\n".join(f"- {key}: {_distinct(values)}" for key, values in facts.items())
     yield (
         f"{len(found)} of {len(outcomes)} models. Mean over categories, then mean ± sample "
-        "standard deviation over seeds; all metrics are in [0, 1]."
+        "standard deviation over seeds and, of three seeds and more, the bootstrap 95 % interval "
+        "of that mean; all metrics are in [0, 1]."
     )
 
 
@@ -198,8 +262,24 @@ def _distinct(values: Sequence[Any]) -> str:
     return ", ".join(words) or NOT_RUN
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join(map(_line_of, (COLUMNS, ["---"] * len(COLUMNS), *rows)))
+def _told_apart(rows: Sequence[Row]) -> list[list[str]]:
+    """Return three lines for each row whose defects are told apart by the references' types."""
+    none = {
+        (row.method, row.variant, row.shots): list(row.figures().values())
+        for row in rows
+        if row.abnormal == 0
+    }
+    lines = []
+    for row in rows:
+        if parts := row.by_reference:
+            parts |= {"none": none.get((row.method, row.variant, row.shots), [])}
+            for part, figures in parts.items():
+                lines.append([*row.names, part, *map(_text, _spreads(figures).values())])
+    return lines
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(map(_line_of, (heads, ["---"] * len(heads), *rows)))
 
 
 def _line_of(cells: Sequence[str]) -> str:

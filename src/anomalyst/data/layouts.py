@@ -122,16 +122,6 @@ def load_dataset(
     )
 
 
-def load_training(
-    roots: Sequence[str | Path],
-    *,
-    layout: str | None = None,
-    categories: Sequence[str] | None = None,
-) -> tuple[Sample, ...]:
-    """List the training samples of one data set, or of several together; see `load_together`."""
-    return load_together(roots, layout=layout, categories=categories).train
-
-
 def load_together(
     roots: Sequence[str | Path],
     *,

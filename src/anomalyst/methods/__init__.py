@@ -30,5 +30,14 @@ REGISTRY: dict[str, MethodSpec] = {
             multi_class=True,
             trains_on="normal images",
         ),
+        MethodSpec(
+            "nagl",
+            "anomalyst.methods.nagl:Nagl",
+            "generalist guided by normal and abnormal references (Wang et al., NeurIPS 2025)",
+            few_shot=True,
+            abnormal_references=True,
+            needs_category=True,
+            trains_on="another domain's normal and masked abnormal images",
+        ),
     )
 }

@@ -7,9 +7,10 @@ with raw score maps. Reading images, thresholds, files and reports are not its b
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module
+from math import cos, pi
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -18,9 +19,12 @@ from anomalyst.errors import InputError, unknown
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+    from torch.optim import Optimizer
 
     from anomalyst.features.backbones import BackboneSpec
     from anomalyst.methods.views import View
+    from anomalyst.training import Source
+    from anomalyst.training_data import TrainingFeatures
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,19 @@ class Condenser(NamedTuple):
 
     name: str
     apply: Callable[[Sequence[Tensor]], list[Tensor]]
+
+
+class AbnormalReference(NamedTuple):
+    """Feature maps ``[1, C, h, w]`` of an abnormal image, one a tapped layer, and its defect.
+
+    ``mask`` ``[H, W]`` is 1 at the defect, at the size of the network's input, and ``coverage``
+    ``[h, w]`` the share of each patch that it covers, somewhere above 0. Both are None where no
+    mask was given.
+    """
+
+    maps: Sequence[Tensor]
+    coverage: Tensor | None = None
+    mask: Tensor | None = None
 
 
 class Method(ABC):
@@ -125,6 +142,10 @@ class Method(ABC):
         every tapped layer.
         """
 
+    def enroll_abnormal(self, category: str, references: Sequence[AbnormalReference]) -> None:
+        """Add abnormal references of a category that has normal ones."""
+        raise ValueError(f"{self.name} uses no abnormal references")
+
     @abstractmethod
     def score(self, features: Sequence[Tensor], category: str | None) -> tuple[Tensor, Tensor]:
         """Return raw score maps ``[B, h, w]`` and image scores ``[B]``, higher is more anomalous.
@@ -156,7 +177,10 @@ class Method(ABC):
 
 
 class TrainingOptions(MethodOptions):
-    """Options of every method with gradient steps; defaults are each method's own."""
+    """Options of every method with gradient steps, and the recipe that they make.
+
+    Defaults, and where a paper trains in another way the recipe too, are each method's own.
+    """
 
     epochs: int = Field(200, ge=1, description="passes over the training images")
     steps: int | None = Field(None, ge=1, description="training steps, instead of epochs")
@@ -165,7 +189,29 @@ class TrainingOptions(MethodOptions):
     final_learning_rate: float = Field(1e-4, ge=0, description="at the end of the half cosine")
     warmup: int = Field(100, ge=0, description="steps in which the learning rate rises from 0")
     weight_decay: float = Field(1e-4, ge=0, description="of all weights")
-    clip: float = Field(0.1, gt=0, description="largest norm of a step's whole gradient")
+    clip: float | None = Field(0.1, gt=0, description="largest norm of a step's whole gradient")
+
+    def planned_steps(self, images: int, batch: int) -> int:
+        """Return how many steps of ``batch`` are taken on so many images."""
+        return self.steps or self.epochs * (images // batch)
+
+    def rate(self, step: int, steps: int) -> float:
+        """Return the learning rate of a step: a line from 0 over the warm-up, then half a cosine.
+
+        Both ends of the line are taken, so the first step has rate 0 and the last of the warm-up
+        and the first of the cosine the full one.
+        """
+        warmup = min(self.warmup, steps)
+        high, low = self.learning_rate, self.final_learning_rate
+        if step < warmup:
+            return high * step / max(warmup - 1, 1)
+        return low + (high - low) * (1 + cos(pi * (step - warmup) / (steps - warmup))) / 2
+
+    def optimizer(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
+        """Return what takes the steps; its rate is set anew before each."""
+        from anomalyst.methods.stable_adamw import StableAdamW
+
+        return StableAdamW(parameters, weight_decay=self.weight_decay)
 
 
 class TrainedMethod(Method):
@@ -178,6 +224,10 @@ class TrainedMethod(Method):
     options: TrainingOptions
     network: nn.Module
     trained = False
+
+    def source(self, features: TrainingFeatures) -> Source:
+        """Return what the steps see; by default the feature maps of the training images."""
+        return features
 
     def training_views(self, few_shot: bool) -> Sequence[View]:
         """Return the views of each image that are trained on, the image itself first."""

@@ -36,6 +36,11 @@ def nearest_cosine(queries: Tensor, bank: Tensor) -> tuple[Tensor, Tensor]:
     return 1 - best, index
 
 
+def nearest_inner_product(queries: Tensor, bank: Tensor) -> Tensor:
+    """Return the bank row ``[N]`` of the largest inner product; ties go to the lowest."""
+    return _blocked_max(queries, bank, None)[1]
+
+
 def nearest_euclidean(queries: Tensor, bank: Tensor) -> tuple[Tensor, Tensor]:
     """Return the Euclidean distance ``[N]`` to the nearest bank row, and that row ``[N]``.
 

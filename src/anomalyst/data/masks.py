@@ -1,0 +1,55 @@
+"""Masks of defects on the patch grid of a network, and at the size of its input."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from anomalyst.types import BoolArray, FloatArray
+
+Box = tuple[float, float, float, float]
+_Table = npt.NDArray[np.float64]
+
+
+def patch_coverage(mask: BoolArray, box: Box, grid: tuple[int, int]) -> FloatArray:
+    """Return the share of each patch that a mask covers, float32 ``[h, w]`` in [0, 1].
+
+    Areas are exact (patch edges may fall between pixels), so that no defect is too small to count.
+
+    Parameters
+    ----------
+    mask
+        ``[H, W]``, at the size of the original image.
+    box
+        (top, left, height, width) of what the grid covers, in pixels of the original image.
+    grid
+        (h, w) in patches.
+    """
+    top, left, height, width = box
+    area = np.zeros((mask.shape[0] + 1, mask.shape[1] + 1))
+    area[1:, 1:] = mask.cumsum(axis=0).cumsum(axis=1)
+    rows = np.linspace(top, top + height, grid[0] + 1)
+    columns = np.linspace(left, left + width, grid[1] + 1)
+    below = _between(_between(area, rows).T, columns).T  # area above and left of each corner
+    covered = np.diff(np.diff(below, axis=0), axis=1)
+    share = covered * (grid[0] * grid[1] / (height * width))
+    clipped: FloatArray = share.clip(0, 1).astype(np.float32)
+    return clipped
+
+
+def _between(table: _Table, places: _Table) -> _Table:
+    """Return the rows of a table at fractional places."""
+    places = places.clip(0, len(table) - 1)
+    low = np.minimum(places.astype(int), len(table) - 2)
+    part = (places - low)[:, None]
+    found: _Table = table[low] * (1 - part) + table[low + 1] * part
+    return found
+
+
+def mask_at(mask: BoolArray, box: Box, size: tuple[int, int]) -> BoolArray:
+    """Return the part of a mask in a box at another size, by nearest neighbour at pixel centres."""
+    top, left, height, width = box
+    rows = (top + (np.arange(size[0]) + 0.5) * height / size[0]).astype(int)
+    columns = (left + (np.arange(size[1]) + 0.5) * width / size[1]).astype(int)
+    found: BoolArray = mask[np.ix_(rows, columns)]
+    return found
