@@ -147,7 +147,9 @@ class Slow:
         if f"{name}.null" in self.state:
             null_key, null_value = self.state[f"{name}.null"]
             k, v, bias = np.vstack([k, null_key]), np.vstack([v, null_value]), np.append(bias, 0.0)
-        query, key, value = (x @ w.T + b for x, w, b in zip((q, k, v), weights, biases, strict=True))
+        query, key, value = (
+            x @ w.T + b for x, w, b in zip((q, k, v), weights, biases, strict=True)
+        )
         size = width // self.options.heads
         parts, logits = [], []
         for h in range(self.options.heads):
@@ -236,8 +238,7 @@ class Slow:
             found.append(1 / (1 + np.exp(-z)))
         return np.array(found)
 
-    def rho(self, residuals: np.ndarray, parts: Sequence[Part]) -> np.ndarray:
-        known = [r for part in parts for r in part.residuals[part.kept]]
+    def rho(self, residuals: np.ndarray, known: Sequence[np.ndarray]) -> np.ndarray:
         return np.array([max(cosine(r, other) for other in known) for r in residuals])
 
     def __call__(
@@ -249,15 +250,15 @@ class Slow:
         """The scores of a map ``[C, h, w]``, given maps and (map, coverage, whether given)."""
         normal = self.scaled(np.concatenate([tokens(maps) for maps in normals]))
         parts = [self.part(maps, coverage, normal) for maps, coverage, _ in defects]
-        bank = normal
-        if self.options.healthy_parts:
-            pairs = zip(parts, defects, strict=True)
-            healthy = [part.patches[part.healthy] for part, (_, _, given) in pairs if given]
-            bank = np.concatenate([normal, *healthy])
+        trusted = [part for part, (_, _, given) in zip(parts, defects, strict=True) if given]
+        if not self.options.healthy_parts:
+            trusted = []
+        bank = np.concatenate([normal, *(part.patches[part.healthy] for part in trusted)])
         mined = self.mine(parts, [coverage.shape for _, coverage, _ in defects])
         grid = query.shape[1:]
         q = self.scaled(tokens(query))
-        s_n, residuals = self.nearest(q, bank)
+        s_n, _ = self.nearest(q, bank)
+        _, residuals = self.nearest(q, normal)
         keys = residuals
         if self.options.positions == "grid":
             keys = residuals + sine_code(*grid, q.shape[1])
@@ -274,7 +275,10 @@ class Slow:
         if self.options.guidance == "sum":
             fused = (s_n + s_a) / 2
         else:
-            a, b, offset = (softplus(x) for x in self.state["gains"])
-            rho = self.rho(residuals, parts)
-            fused = s_n * (1 + a * np.maximum(rho - offset, 0) + b * s_a)
+            a, b = (softplus(x) for x in self.state["gains"])
+            rho = self.rho(residuals, [r for p in parts for r in p.residuals[p.kept]])
+            differences = [r for part in trusted for r in part.residuals[part.healthy]]
+            if differences:
+                rho = rho - self.rho(residuals, differences)
+            fused = s_n * np.exp(a * rho + b * s_a)
         return Found(*(x.reshape(grid) for x in (fused, s_n, s_a)), mined, learned)

@@ -264,7 +264,7 @@ def test_the_options_say_how_many_episodes_and_of_which_kind(
 def test_a_defect_of_one_pixel_still_makes_its_query_abnormal(tmp_path: Path) -> None:
     """The mask at the network's size is what the losses take an image's label from."""
     mask = np.zeros(SIZE, bool)
-    mask[0, 0] = True
+    mask[1, 1] = True
     path = write_mask(tmp_path / "dot.png", mask)
     samples = [Sample(tmp_path / f"good{k}.png", "nut", 0, "good") for k in range(3)]
     samples += [Sample(tmp_path / f"dot{k}.png", "nut", 1, "dot", path) for k in range(3)]
@@ -293,9 +293,10 @@ def test_a_source_with_too_few_images_is_refused(
 ) -> None:
     with pytest.raises(InputError) as error:
         Episodes(source(counts, masked=masked), 10, FIXED, 0)
-    told = str(error.value)
-    assert "more than 2 normal images" in told and "more than 1 images of one defect" in told
-    assert "masks" in told and "options normals, abnormals" in told and "\n" not in told
+    message = str(error.value)
+    assert "more than 2 normal images" in message
+    assert "more than 1 images of one defect with masks" in message
+    assert "options normals, abnormals" in message and "\n" not in message
 
 
 def test_one_image_more_than_the_references_is_enough(source: Callable[..., Features]) -> None:

@@ -33,6 +33,7 @@ def patch_coverage(mask: BoolArray, box: Box, grid: tuple[int, int]) -> FloatArr
     below = _between(_between(area, rows).T, columns).T  # area above and left of each corner
     covered = np.diff(np.diff(below, axis=0), axis=1)
     share = covered * (grid[0] * grid[1] / (height * width))
+    share[share < 1e-9] = 0  # traces of rounding
     clipped: FloatArray = share.clip(0, 1).astype(np.float32)
     return clipped
 

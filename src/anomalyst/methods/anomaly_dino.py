@@ -18,7 +18,6 @@ which orientation itself matters (a part that lies turned is a defect).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import pi
 from typing import Any, ClassVar
 
 import torch
@@ -37,7 +36,7 @@ from anomalyst.methods.memory_bank import (
     to_patches,
     top_mean,
 )
-from anomalyst.methods.views import PLAIN, Affine, View
+from anomalyst.methods.views import View, turned
 
 _PAPER_THRESHOLD = 10.0
 
@@ -88,9 +87,7 @@ class AnomalyDINO(Method):
 
     @property
     def reference_views(self) -> Sequence[View]:
-        count = self.options.rotations
-        turned = (View(f"turn {k}/{count}", Affine(2 * pi * k / count)) for k in range(1, count))
-        return (PLAIN, *turned)
+        return turned(self.options.rotations)
 
     def enroll(self, category: str, views: Sequence[Sequence[Tensor]]) -> None:
         patches = [to_patches(resize_like(features)) for features in views]

@@ -160,7 +160,11 @@ class Episodes:
             target = engine.preprocess.output_size(*size)
             marked = np.zeros(target, dtype=bool)
             if self._features.samples[number].label == 1:
-                marked = mask_at(self._marked(number), engine.preprocess.box(*size), target)
+                box = engine.preprocess.box(*size)
+                marked = mask_at(self._marked(number), box, target)
+                if not marked.any():  # too small for a resize that skips pixels
+                    share = patch_coverage(self._marked(number), box, target)
+                    marked = share >= share.max()
             self._masks[number] = torch.from_numpy(marked)
         return self._masks[number].to(engine.device).float()
 
@@ -168,4 +172,9 @@ class Episodes:
         sample = self._features.samples[number]
         if sample.mask is None:
             raise ValueError(f"{sample.path} has no mask")
-        return read_mask(sample.mask, self._features.size(number), sample.path)
+        marked = read_mask(sample.mask, self._features.size(number), sample.path)
+        if not marked.any():
+            raise InputError(
+                f"{sample.mask}: marks no pixel; mark the defect, or take the image out"
+            )
+        return marked

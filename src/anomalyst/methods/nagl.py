@@ -17,13 +17,13 @@ authors' code (losses on scores as logits, neighbours by inner product, shifted 
 codes that stand still inside a defect). The defaults (preset ``ours``) keep the two attentions and
 mend what the sheet of the method and our measurements found wrong with the rest:
 
-- ``guidance = evidence``: ``S = S_n (1 + a [rho - o]_+ + b sigmoid(z))`` with learned a, b, o >= 0.
-  rho is the largest cosine of a patch's residual to those of the known defects, z a logit of S_a
-  and of AFL's own attention. What equals a normal reference scores exactly 0, nothing falls under
-  S_n, and nothing rises above ``1 + a + b`` times it.
+- ``guidance = evidence``: ``S = S_n exp(a (rho+ - rho-) + b sigmoid(z))`` with learned a, b >= 0.
+  rho+ is the largest cosine of a patch's residual to those of the known defects, rho- to those of
+  the healthy parts around them: what good parts differ by is no defect. z is a logit of S_a and of
+  AFL's own attention. What equals a normal reference scores exactly 0.
+- The healthy parts of abnormal references are normal patches too.
 - Each abnormal reference has its own proxies and the largest z counts; only patches that stand out
   from the healthy rest of their image are mined (so their number adapts to the defect).
-- The healthy parts of abnormal references are normal patches too.
 - Patches get the length of layer-normed ones: proxies and position codes would drown others.
 - ``loss = rank``: within an episode the abnormal query shall score above the normal one, and its
   defect above the highest normal patches. Scores of different products lie on different scales,
@@ -60,6 +60,7 @@ from anomalyst.methods.proxy_attention import (
     reference_codes,
 )
 from anomalyst.methods.residuals import Mined, mined, nearest_normal, shifted_pooling
+from anomalyst.methods.views import PLAIN, View, turned
 from anomalyst.training_data import TrainingFeatures
 
 _TOP = 0.01  # share of patches that the image score means
@@ -106,6 +107,7 @@ class NaglOptions(TrainingOptions):
     mask_pooling: Literal["exact", "shifted"] = Field(
         "exact", description="shifted: masks one pixel off, as in the authors' code"
     )
+    rotations: int = Field(1, ge=1, description="views of each normal reference, evenly turned")
     healthy_parts: bool = Field(True, description="abnormal images' good parts are normal patches")
     standing_out: bool = Field(True, description="mine only what stands out from the good parts")
     unit_length: bool = Field(True, description="bring patches to the length of layer-normed ones")
@@ -162,7 +164,11 @@ class Guide(NamedTuple):
     Attributes
     ----------
     bank, unit
-        Normal patches ``[N, C]``, and the same at unit length.
+        Patches of the normal references ``[N, C]``, and the same at unit length.
+    healthy
+        Those of the healthy parts of abnormal ones, at unit length ``[H, C]``.
+    differences
+        Residuals of the healthy parts, at unit length ``[H, C]``.
     defects
         Patches inside the masks, at unit length ``[D, C]``.
     residuals
@@ -173,6 +179,8 @@ class Guide(NamedTuple):
 
     bank: Tensor
     unit: Tensor
+    healthy: Tensor
+    differences: Tensor
     defects: Tensor
     residuals: Tensor
     proxies: Tensor
@@ -203,8 +211,8 @@ class NaglNetwork(nn.Module):
         self.learn_cross = ProxyAttention(width, options.heads, options.null_token)
         self.learn_self = ProxyAttention(width, options.heads)
         if options.guidance == "evidence":
-            # Before softplus: a = 1, b = 1/8, o = 0.3.
-            self.gains = nn.Parameter(torch.tensor([1.0, 0.125, 0.3]).expm1().log())
+            # a and b, before softplus.
+            self.gains = nn.Parameter(torch.tensor([0.75, 0.125]).expm1().log())
             # Weights of S_a's contrast and of the attention, offset; log sharpness over proxies.
             self.logit = nn.Parameter(torch.tensor([2.0, 0.05, 0.0, 3.0]))
 
@@ -223,19 +231,22 @@ class NaglNetwork(nn.Module):
             mined(self.scaled(maps), cover, normal, unit, options.matching, options.standing_out)
             for maps, cover, _ in defects
         ]
-        bank = normal
-        if options.healthy_parts and options.parts == "full":
-            pairs = zip(parts, defects, strict=True)
-            healthy = [part.patches[part.healthy] for part, (_, _, given) in pairs if given]
-            bank = torch.cat([normal, *healthy])
         none = normal.new_zeros(0, normal.shape[1])
-        inside = torch.cat([none, *(part.patches[part.inside] for part in parts)])
-        kept = torch.cat([none, *(part.residuals[part.kept] for part in parts)])
+        good, differ = [none], [none]
+        if options.healthy_parts and options.parts == "full":
+            for part, (_, _, given) in zip(parts, defects, strict=True):
+                if given:  # around a defect that was only found, who knows
+                    good.append(part.patches[part.healthy])
+                    differ.append(part.residuals[part.healthy])
+        inside = [none, *(part.patches[part.inside] for part in parts)]
+        kept = [none, *(part.residuals[part.kept] for part in parts)]
         return Guide(
-            bank,
-            functional.normalize(bank, dim=1),
-            functional.normalize(inside, dim=1),
-            functional.normalize(kept, dim=1),
+            normal,
+            unit,
+            _unit(good),
+            _unit(differ),
+            _unit(inside),
+            _unit(kept),
             self._residual_proxies(parts, [cover for _, cover, _ in defects]),
         )
 
@@ -265,38 +276,41 @@ class NaglNetwork(nn.Module):
         """Return the scores of feature maps ``[B, C, h, w]``."""
         maps = self.scaled(maps)
         patches = to_patches(maps)
+        unit = functional.normalize(patches, dim=1)
         normal, residual = nearest_normal(patches, guide.bank, guide.unit, self.options.matching)
+        if len(guide.healthy):
+            normal = normal.minimum(nearest_cosine(unit, guide.healthy)[0].clamp(min=0) / 2)
         s_n = to_map(normal, maps)
         parts = self.options.parts
         if parts == "normal" or not len(guide.proxies):
             return Scores(s_n, s_n, torch.zeros_like(s_n))
         if parts != "full":
-            distance, _ = nearest_cosine(functional.normalize(patches, dim=1), guide.defects)
-            s_a = to_map(1 - distance / 2, maps)
+            s_a = to_map(1 - nearest_cosine(unit, guide.defects)[0] / 2, maps)
             return Scores(s_a if parts == "abnormal" else (s_n + s_a) / 2, s_n, s_a)
-        batch, grid = len(maps), (maps.shape[-2], maps.shape[-1])
-        tokens, residuals = (
-            patches.view(batch, -1, maps.shape[1]),
-            residual.view(batch, -1, maps.shape[1]),
-        )
-        keys = residuals
+        s_a = self._anomaly_guided(guide, maps, residual, s_n)
+        if self.options.guidance == "sum":
+            return Scores((s_n + s_a) / 2, s_n, s_a)
+        difference = functional.normalize(residual, dim=1)
+        rho = 1 - nearest_cosine(difference, guide.residuals)[0]
+        if len(guide.differences):
+            rho = rho - (1 - nearest_cosine(difference, guide.differences)[0])
+        a, b = functional.softplus(self.gains)
+        return Scores(s_n * torch.exp(a * to_map(rho, maps) + b * s_a), s_n, s_a)
+
+    def _anomaly_guided(self, guide: Guide, maps: Tensor, residual: Tensor, s_n: Tensor) -> Tensor:
+        """Anomaly Feature Learning: return S_a ``[B, h, w]``, of several proxies the largest."""
+        batch, width, *grid = maps.shape
+        tokens = maps.flatten(2).transpose(1, 2)  # (B, C, h, w) -> (B, N, C)
+        keys = residual.view(batch, -1, width)
         if self.options.positions != "none":
-            keys = residuals + position_code(grid_places(*grid), maps.shape[1]).to(maps)
+            keys = keys + position_code(grid_places(*grid), width).to(maps)
         found = []
         for proxies in guide.proxies:
             anomaly, logits = self.learn(proxies.expand(batch, -1, -1), keys, tokens)
-            found.append(self._anomaly_guided(tokens, anomaly, logits, s_n.flatten(1)))
-        s_a = torch.stack(found).amax(0).view_as(s_n)
-        if self.options.guidance == "sum":
-            return Scores((s_n + s_a) / 2, s_n, s_a)
-        likeness = functional.normalize(residual, dim=1) @ guide.residuals.T
-        rho = likeness.amax(1).view_as(s_n)
-        a, b, offset = functional.softplus(self.gains)
-        return Scores(s_n * (1 + a * (rho - offset).clamp(min=0) + b * s_a), s_n, s_a)
+            found.append(self._likeness(tokens, anomaly, logits, s_n.flatten(1)))
+        return torch.stack(found).amax(0).view_as(s_n)
 
-    def _anomaly_guided(
-        self, tokens: Tensor, anomaly: Tensor, logits: Tensor, s_n: Tensor
-    ) -> Tensor:
+    def _likeness(self, tokens: Tensor, anomaly: Tensor, logits: Tensor, s_n: Tensor) -> Tensor:
         """Return S_a ``[B, N]`` in [0, 1] of one set of anomaly proxies."""
         unit = functional.normalize(tokens, dim=-1)
         cosine = unit @ functional.normalize(anomaly, dim=-1).transpose(1, 2)  # (B, N, M)
@@ -331,6 +345,10 @@ class NaglNetwork(nn.Module):
         if self.options.loss == "scores":
             return score_losses(maps.fused[0], mask)
         return logit_losses(maps.fused[0], maps.normal[0], maps.abnormal[0], mask)
+
+
+def _unit(rows: Sequence[Tensor]) -> Tensor:
+    return functional.normalize(torch.cat(list(rows)), dim=1)
 
 
 # ---- the method ---------------------------------------------------------------------------------
@@ -381,6 +399,13 @@ class Nagl(TrainedMethod):
     @property
     def judges_unseen(self) -> bool:
         return True
+
+    @property
+    def reference_views(self) -> Sequence[View]:
+        return turned(self.options.rotations)
+
+    def training_views(self, few_shot: bool) -> Sequence[View]:
+        return (PLAIN,)
 
     def source(self, features: TrainingFeatures) -> Episodes:
         options = self.options
@@ -460,6 +485,7 @@ class Nagl(TrainedMethod):
                 cover = known["given" if given else "found", n]
                 self._defects.setdefault(category, []).append((maps, cover, given))
             if defects:
-                self._guides[category] = Guide(*(known["guide", k] for k in range(5)))
+                guide = {name: known["guide", k] for k, name in enumerate(Guide._fields)}
+                self._guides[category] = Guide(**guide)
             else:
                 self._guide(category)

@@ -16,7 +16,7 @@ _SHARPNESS = 10.0  # of the ranking, per unit of the logarithm of a score
 _TINY = 1e-3  # keeps that logarithm finite
 
 
-def ranking_losses(good: Tensor, bad: Tensor, mask: Tensor, top: float = 0.01) -> dict[str, Tensor]:
+def ranking_losses(good: Tensor, bad: Tensor, mask: Tensor) -> dict[str, Tensor]:
     """Return the losses by rank of a normal and an abnormal score map ``[h, w]``.
 
     ``mask`` ``[H, W]`` is the abnormal one's. Only ratios of scores count: a product whose scores

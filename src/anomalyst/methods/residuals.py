@@ -37,6 +37,8 @@ def mined(
     patches = to_patches(maps[None])
     distance, residual = nearest_normal(patches, normal, unit, matching)
     inside = (coverage > 0).flatten()
+    if not inside.any():  # the defect was too small, or lies outside what is looked at
+        inside[distance.argmax()] = True
     near = functional.max_pool2d((coverage > 0).float()[None], 3, 1, 1) > 0
     healthy = ~near.flatten()
     kept = inside
@@ -44,7 +46,8 @@ def mined(
         calm = distance[healthy] if healthy.any() else distance
         kept = inside & (distance > calm.quantile(_STANDS_OUT))
         if not kept.any():
-            kept = inside & (distance == distance[inside].max())
+            kept = torch.zeros_like(inside)
+            kept[distance.masked_fill(~inside, -1).argmax()] = True
     return Mined(patches, residual, kept, inside, healthy)
 
 

@@ -59,6 +59,12 @@ class Affine:
         )
 
 
+def turned(count: int) -> tuple[View, ...]:
+    """Return ``count`` views evenly turned, the image itself first."""
+    others = (View(f"turn {k}/{count}", Affine(2 * pi * k / count)) for k in range(1, count))
+    return (PLAIN, *others)
+
+
 def _grey(images: Tensor) -> Tensor:
     luma = torch.tensor([0.299, 0.587, 0.114], device=images.device)
     return (images * luma[:, None, None]).sum(1, keepdim=True).expand_as(images)

@@ -1,0 +1,83 @@
+"""Draw the picture of NAGL's page: solar cells before and after one defect was taught.
+
+    python docs/images/make_nagl_picture.py cells docs/images/nagl.png    (a minute)
+
+`cells` is the folder that make_example.py writes (made if it is missing). Nothing is picked by eye:
+4 good cells as normal references; the taught cell is the first defective one by name; of the others
+are shown those whose score rose most against the good test cells, and the good cell that rose most.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+from pathlib import Path
+
+import numpy as np
+from make_example import write_cells
+from PIL import Image, ImageDraw, ImageFont
+
+from anomalyst import Detector, Prediction, load_dataset
+from anomalyst.generalist import load_generalist
+from anomalyst.overlay import heat_overlay
+
+SIDE, GAP, HEAD = 150, 6, 24
+NORMAL, GOOD, SHOWN = 4, 60, 3
+
+
+def main() -> None:
+    folder, path = Path(sys.argv[1]), Path(sys.argv[2])
+    if not folder.exists():
+        write_cells(folder)
+    data = load_dataset(folder)
+    defective = [sample for sample in data.test if sample.label == 1]
+    taught, others = defective[0], defective[1:]
+    good = list(data.train[NORMAL : NORMAL + GOOD])
+    detector = load_generalist()
+    detector.enroll("cell", data.train[:NORMAL])
+    queries = [sample.path for sample in (*good, *others)]
+    before = list(detector.predict(queries, category="cell"))
+    detector.enroll("cell", (), [(taught, None)])
+    after = list(detector.predict(queries, category="cell"))
+    for name, found in (("before", before), ("after", after)):
+        level = np.quantile([p.score for p in found[: len(good)]], 0.95)
+        caught = sum(p.score > level for p in found[len(good) :])
+        print(f"{name}: {caught} of {len(others)} above the 95 % quantile of {len(good)} good cells")
+    rise = np.array([b.score / a.score for a, b in zip(before, after, strict=True)])
+    bad = len(good) + np.argsort(-rise[len(good) :])[:SHOWN]
+    shown = [int(np.argmax(rise[: len(good)])), *map(int, bad)]
+    draw(detector, taught.path, [(before[k], after[k]) for k in shown], path)
+
+
+def draw(
+    detector: Detector, taught: Path, pairs: list[tuple[Prediction, Prediction]], path: Path
+) -> None:
+    """Draw a column a cell: the image, its map before, and after, all in one scale."""
+    columns = len(pairs) + 1
+    sheet = Image.new("RGB", (columns * (SIDE + GAP) + GAP, HEAD + 3 * (SIDE + GAP)), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
+    top = max(float(after.map.max()) for _, after in pairs)
+    words = ["taught", "good", *["defective"] * (columns - 2)]
+    maps = detector.method._defects["cell"][0][1].numpy().astype(np.uint8) * 255
+    for column, word in enumerate(words):
+        left = column * (SIDE + GAP)
+        pen.text((left, 2), word, fill="black", font=font)
+        image = Image.open(taught if column == 0 else pairs[column - 1][0].image).convert("RGB")
+        small = np.asarray(image.resize((SIDE, SIDE)))
+        panels = [Image.fromarray(small)]
+        if column == 0:
+            panels.append(Image.fromarray(maps).resize((SIDE, SIDE), Image.Resampling.NEAREST))
+        else:
+            for found in pairs[column - 1]:
+                heat = np.asarray(Image.fromarray(found.map).resize((SIDE, SIDE)))
+                panels.append(Image.fromarray(heat_overlay(small, heat, top / 2, ())))
+        for row, panel in enumerate(panels):
+            sheet.paste(panel.convert("RGB"), (left, HEAD + row * (SIDE + GAP)))
+    file = io.BytesIO()
+    sheet.save(file, "png", optimize=True)
+    path.write_bytes(file.getvalue())
+    print(f"{path}: {path.stat().st_size / 1000:.0f} kB")
+
+
+if __name__ == "__main__":
+    main()
