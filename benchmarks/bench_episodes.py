@@ -40,7 +40,9 @@ def main() -> None:
     data = [*found.train, *found.test]
     cached = seconds_per_thousand(data, 30, True)
     anew = seconds_per_thousand(data, 4, False)
-    print(f"cached {cached:.0f} s, encoded anew {anew:.0f} s per 1,000 episodes: {anew / cached:.1f}")
+    print(
+        f"cached {cached:.0f} s, encoded anew {anew:.0f} s per 1,000 episodes: {anew / cached:.1f}"
+    )
 
 
 if __name__ == "__main__":

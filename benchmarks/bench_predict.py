@@ -20,6 +20,8 @@ import torch
 
 from anomalyst import Detector, load_dataset
 from anomalyst.data.images import read_image
+from anomalyst.data.layouts import Dataset
+from anomalyst.generalist import load_generalist
 from anomalyst.predictions import write_predictions
 
 BATCH = 8
@@ -53,6 +55,14 @@ def compare(detector: Detector, paths: list[Path], rounds: int) -> dict[str, flo
     return {"bare_s": round(base, 4), "predict_s": round(whole, 4), "ratio": round(whole / base, 3)}
 
 
+def taught(data: Dataset, normal: int, abnormal: int) -> Detector:
+    """Return the shipped generalist with so many references."""
+    detector = load_generalist()
+    bad = [(s, s.mask) for s in data.test if s.label == 1][:abnormal]
+    detector.enroll("bottle", data.train[:normal], bad)
+    return detector
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=Path("../shared/data/mvtec"))
@@ -83,6 +93,11 @@ def main() -> None:
         detector.fit(data.train, shots=shots, calibration=0)
         results[name] = compare(detector, paths, options.rounds)
         print(name, results[name], flush=True)
+    if options.method in (None, "nagl"):
+        for normal, abnormal in ((1, 1), (4, 2)):
+            name = f"nagl, {normal} normal and {abnormal} abnormal"
+            results[name] = compare(taught(data, normal, abnormal), paths, options.rounds)
+            print(name, results[name], flush=True)
     print(json.dumps({"threads": torch.get_num_threads(), "images": len(paths), **results}))
 
 

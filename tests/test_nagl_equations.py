@@ -253,7 +253,7 @@ def test_evidence_lies_between_two_multiples_of_the_distance() -> None:
 
 def test_gains_start_where_the_comment_says() -> None:
     network = NaglNetwork(WIDTH, NaglOptions(**OURS), 14)
-    expected = torch.tensor([0.75, 0.125])
+    expected = torch.tensor([0.5, 0.05])
     torch.testing.assert_close(functional.softplus(network.gains.detach()), expected)
 
 

@@ -12,6 +12,8 @@ import pytest
 
 from anomalyst import Detector, evaluate, load_dataset
 from anomalyst.demo import solar_cells
+from anomalyst.errors import InputError
+from anomalyst.generalist import load_generalist
 
 pytestmark = pytest.mark.slow
 
@@ -74,3 +76,32 @@ def test_a_bundle_moved_to_another_machine_needs_nothing_else(
     subprocess.run([*command, "-o", str(tmp_path / "out")], check=True, env=home)
     lines = (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()
     assert [json.loads(line)["score"] for line in lines] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_taught_defect_helps_the_shipped_generalist(mvtec: Path, packaged: str) -> None:
+    data = load_dataset(mvtec, categories=["transistor"])
+    data = replace(data, test=data.test[::3])
+    normal = data.train[::120]
+    bad = [s for s in data.test if s.label == 1][::6]
+    plain, taught = load_generalist(), load_generalist()
+    plain.enroll("transistor", normal)
+    taught.enroll("transistor", normal, [(s, s.mask) for s in bad])
+    left = replace(data, test=tuple(s for s in data.test if s not in bad))
+    before, after = (
+        evaluate(detector, left).metrics["categories"]["transistor"] for detector in (plain, taught)
+    )
+    assert after["n_anomalous"] == before["n_anomalous"]
+    assert after["p_auroc"] > before["p_auroc"] and after["aupro"] > before["aupro"]
+
+
+def test_another_product_is_no_reference(mvtec: Path, packaged: str) -> None:
+    data = load_dataset(mvtec)
+    detector = load_generalist()
+    detector.enroll("bottle", [s for s in data.train if s.category == "bottle"][:2])
+    for sample in data.test[::10]:
+        if sample.label == 1 and sample.category != "bottle":
+            with pytest.raises(InputError, match="another product than 'bottle'"):
+                detector.enroll("bottle", (), [(sample, sample.mask)])
+        elif sample.label == 1:
+            detector.enroll("bottle", (), [(sample, sample.mask)])
+    assert len(detector.abnormal["bottle"]) > 4

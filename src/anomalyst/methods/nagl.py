@@ -212,7 +212,7 @@ class NaglNetwork(nn.Module):
         self.learn_self = ProxyAttention(width, options.heads)
         if options.guidance == "evidence":
             # a and b, before softplus.
-            self.gains = nn.Parameter(torch.tensor([0.75, 0.125]).expm1().log())
+            self.gains = nn.Parameter(torch.tensor([0.5, 0.05]).expm1().log())
             # Weights of S_a's contrast and of the attention, offset; log sharpness over proxies.
             self.logit = nn.Parameter(torch.tensor([2.0, 0.05, 0.0, 3.0]))
 
