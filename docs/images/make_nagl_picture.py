@@ -24,6 +24,7 @@ from anomalyst.overlay import heat_overlay
 
 SIDE, GAP, HEAD = 150, 6, 24
 NORMAL, GOOD, SHOWN, QUANTILE = 4, 100, 3, 0.95
+MARKED = ((0.04, 0.0, 0.24, 0.16), (0.0, 0.82, 0.2, 1.0))  # left, top, right, bottom in shares
 
 
 def main() -> None:
@@ -40,7 +41,7 @@ def main() -> None:
     taught = max(((x, s) for x, s in rated if x < level), key=lambda pair: pair[0])[1]
     others = [sample for sample in defective if sample is not taught]
     before = list(detector.predict([*good, *others], category="cell"))
-    detector.enroll("cell", (), [(taught, None)])
+    detector.enroll("cell", (), [(taught, drawn_mask(taught.path))])
     after = list(detector.predict([*good, *others], category="cell"))
     for name, found in (("before", before), ("after", after)):
         level = np.quantile([p.score for p in found[: len(good)]], QUANTILE)
@@ -50,6 +51,19 @@ def main() -> None:
     bad = len(good) + np.argsort(-rise[len(good) :])[:SHOWN]
     shown = [int(np.argmax(rise[: len(good)])), *map(int, bad)]
     draw(detector, taught.path, [(before[k], after[k]) for k in shown], path)
+
+
+def drawn_mask(path: Path) -> np.ndarray:
+    """The two streaked corners of the taught cell, as a person would mark them."""
+    width, height = Image.open(path).size
+    mask = np.zeros((height, width), dtype=np.uint8)
+    for left, top, right, bottom in MARKED:
+        rows, columns = (
+            slice(int(top * height), int(bottom * height)),
+            slice(int(left * width), int(right * width)),
+        )
+        mask[rows, columns] = 255
+    return mask
 
 
 def scores(detector: Detector, samples: list[Sample]) -> list[float]:

@@ -64,7 +64,7 @@ def _abnormal(row: Mapping[str, Any]) -> str:
     if not row["abnormal"]:
         return ""
     found = row["masks_found"]
-    how = f" ({found} without a mask: the defect was found, look whether rightly)" if found else ""
+    how = f" ({found} without a mask: its defect was found)" if found else ""
     return f" and {row['abnormal']} abnormal{how}"
 
 

@@ -455,7 +455,11 @@ class Nagl(TrainedMethod):
         return maps, top_mean(maps, _TOP)
 
     def heat_unit(self, category: str | None) -> float:
-        return 0.25
+        guide = self._guides.get(category or "")
+        if guide is None or not len(guide.defects):
+            return 0.15
+        distance, _ = nearest_cosine(guide.defects, guide.unit)  # of the known defects' patches
+        return max(float(distance.median()) / 2, 0.05)
 
     def tensors(self) -> dict[str, Tensor]:
         found = super().tensors()
