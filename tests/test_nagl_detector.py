@@ -149,6 +149,12 @@ def test_another_product_is_refused_as_a_defect(
         trained.enroll("gear", (), [(BAD, MASK)])
 
 
+def test_a_known_defect_is_refused_as_a_normal_reference(trained: Detector) -> None:
+    trained.enroll("gear", GOOD, [(BAD, MASK)])
+    with pytest.raises(InputError, match="given as normal, but it is an abnormal reference"):
+        trained.enroll("gear", [BAD])
+
+
 def test_a_defect_without_any_normal_reference_is_refused(trained: Detector) -> None:
     with pytest.raises(InputError, match="at least one normal reference"):
         trained.enroll("gear", (), [(BAD, MASK)])

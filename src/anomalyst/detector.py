@@ -429,10 +429,8 @@ class Detector:
             Keep the decoded image on the prediction.
         """
         if not self.ready:
-            done = (
-                "is trained but knows no product yet" if self.trained_on else "has learned nothing"
-            )
-            raise InputError(f"this detector {done}: fit or enroll first")
+            what = "is trained but knows no product" if self.trained_on else "has learned nothing"
+            raise InputError(f"this detector {what} yet: fit or enroll first")
         if category is not None and not self.knows(category):
             raise unknown("category", category, self.references)
         from anomalyst.judging import judge_all

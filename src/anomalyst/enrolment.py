@@ -77,6 +77,12 @@ def enroll(
             found = [engine.features(same, view) for view in shown]
             plain.append(found[0])
             views.extend(found)
+    abnormal_hashes = {record.sha256 for record in known_bad}
+    for record in records:
+        if record.sha256 in abnormal_hashes:
+            raise InputError(
+                f"{record.name}: given as normal, but it is an abnormal reference of {category!r}"
+            )
     good = {record.sha256 for record in (*known, *records)}
     bad = list(_new_abnormal(detector, category, abnormal, good, progress))
     if not records and not bad:
