@@ -75,6 +75,15 @@ def save(path: Path, picture: np.ndarray) -> Path:
     return path
 
 
+def write_yaml(path: Path, values: dict[str, object]) -> Path:
+    """Write a configuration, without the keys whose value is an ellipsis."""
+    import yaml
+
+    kept = {key: value for key, value in values.items() if value is not ...}
+    path.write_text(yaml.safe_dump(kept, sort_keys=False))
+    return path
+
+
 @pytest.fixture
 def make_parts(tmp_path: Path) -> Callable[..., Path]:
     """Write a small data set in MVTec layout: good striped parts, blotted ones with masks."""

@@ -6,41 +6,30 @@ import csv
 import json
 import re
 import statistics
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from anomalyst import cli
 from anomalyst.benchmark import kept, runner
 from anomalyst.benchmark.cells import Cell, Outcome, plan
 from anomalyst.benchmark.config import SHIPPED, load_config, shipped
 from anomalyst.benchmark.tables import rows_of
 from anomalyst.errors import InputError
 from anomalyst.evaluation import METRICS
-from conftest import DEEP, TINY, save, texture
+from conftest import DEEP, TINY, Run, save, texture, write_yaml
 from test_docs import parse
 
-Run = Callable[..., tuple[int, str, str]]
 Write = Callable[..., Path]
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run the command in this process; return exit code, stdout and stderr."""
-
-    def call(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["anomalyst", "benchmark", *map(str, words)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        out, err = capsys.readouterr()
-        return int(stopped.value.code or 0), out, err
-
-    return call
+def run(run: Run) -> Run:
+    """Run `anomalyst benchmark` with these words."""
+    return partial(run, "benchmark")
 
 
 @pytest.fixture
@@ -59,10 +48,7 @@ def write(tmp_path: Path, tiny_weights: str) -> Write:
             "options": {"rotations": 1},
             **keys,
         }
-        path = tmp_path / "tiny.yaml"
-        kept = {key: value for key, value in values.items() if value is not ...}
-        path.write_text(yaml.safe_dump(kept, sort_keys=False))
-        return path
+        return write_yaml(tmp_path / "tiny.yaml", values)
 
     return call
 

@@ -23,7 +23,7 @@ from anomalyst.errors import InputError
 from anomalyst.evaluation import METRICS, CategoryEvaluation, Judged
 from anomalyst.training_setup import CHECKPOINT, TrainingSetup
 from anomalyst.types import Prediction, References, Sample, ScoreMap
-from conftest import TINY, blot, save, texture
+from conftest import TINY, blot, save, texture, write_yaml
 
 Write = Callable[..., Path]
 
@@ -47,10 +47,7 @@ def write(tmp_path: Path, tiny_weights: str) -> Write:
             "eval_size": 32,
             **keys,
         }
-        path = tmp_path / "tiny.yaml"
-        kept = {key: value for key, value in values.items() if value is not ...}
-        path.write_text(yaml.safe_dump(kept, sort_keys=False))
-        return path
+        return write_yaml(tmp_path / "tiny.yaml", values)
 
     return call
 

@@ -210,8 +210,10 @@ def enroll(
     as_json: Json = False,
 ) -> None:
     """Teach a bundle a product, or a defect of one: seconds, no training."""
+    from anomalyst.bundle import check_destination
     from anomalyst.data.images import list_images
-    from anomalyst.generalist import load_or_begin
+    from anomalyst.detector import Detector
+    from anomalyst.generalist import load_generalist
 
     bad, masks = abnormal or [], mask or []
     if masks and len(masks) != len(bad):
@@ -219,7 +221,11 @@ def enroll(
     images = [path for given in normal or [] for path in list_images(given)]
     pairs = [(path, masks[k] if masks else None) for k, path in enumerate(bad)]
     new = not bundle.exists()
-    detector = load_or_begin(bundle, device)
+    if new:
+        check_destination(bundle)
+        detector = load_generalist(device=device)
+    else:
+        detector = Detector.load(bundle, device=device)
     with progress() as advance:
         detector.enroll(category, images, pairs, advance)
     if new:

@@ -10,8 +10,7 @@ import numpy as np
 
 from anomalyst.bundle import AbnormalRecord, ReferenceRecord
 from anomalyst.data.images import read_mask
-from anomalyst.data.masks import mask_at, patch_coverage
-from anomalyst.data.transforms import Preprocess
+from anomalyst.data.masks import network_mask, patch_coverage
 from anomalyst.errors import InputError
 from anomalyst.inference import ImageSource, Item, by_shape, read_batches, read_item, source_name
 from anomalyst.methods.base import AbnormalReference, MethodSpec
@@ -70,19 +69,13 @@ def enroll(
     views: list[Sequence[Tensor]] = []
     plain: list[Sequence[Tensor]] = []
     engine, shown = detector.engine, detector.method.reference_views
-    for items in _new_references(category, normal, known, engine.preprocess, progress):
+    for items in _new_references(detector, category, normal, progress):
         records += [record_of(item) for item in items]
         for positions in by_shape(items):
             same = [items[p] for p in positions]
             found = [engine.features(same, view) for view in shown]
             plain.append(found[0])
             views.extend(found)
-    abnormal_hashes = {record.sha256 for record in known_bad}
-    for record in records:
-        if record.sha256 in abnormal_hashes:
-            raise InputError(
-                f"{record.name}: given as normal, but it is an abnormal reference of {category!r}"
-            )
     good = {record.sha256 for record in (*known, *records)}
     bad = list(_new_abnormal(detector, category, abnormal, good, progress))
     if not records and not bad:
@@ -125,20 +118,24 @@ def _check_call(
 
 
 def _new_references(
+    detector: Detector,
     category: str,
     sources: Sequence[ImageSource],
-    known: Sequence[ReferenceRecord],
-    preprocess: Preprocess,
     progress: Progress | None,
 ) -> Iterator[list[Item]]:
-    """Yield batches of the images that are not among the known ones, each content once."""
-    seen = {record.sha256 for record in known}
+    """Yield batches of the normal images that are not enrolled yet, each content once."""
+    seen = {record.sha256 for record in detector.references.get(category, [])}
+    bad = {record.sha256 for record in detector.abnormal.get(category, [])}
     done = 0
-    for batch in read_batches(sources, preprocess, 8):
+    for batch in read_batches(sources, detector.engine.preprocess, 8):
         fresh = []
         for item in batch:
             if item.error:
                 raise InputError(f"reference of {category!r}: {item.error}")
+            if item.sha256 in bad:
+                raise InputError(
+                    f"{item.name}: given as normal, but it is an abnormal reference of {category!r}"
+                )
             if item.sha256 not in seen:
                 seen.add(item.sha256)
                 fresh.append(item)
@@ -191,7 +188,7 @@ def _reference(engine: Engine, item: Item, defect: BoolArray | None) -> Abnormal
             f"{item.name}: its defect lies outside the part of the image that is looked at "
             "(the preset crops the border)"
         )
-    seen = mask_at(defect, box, engine.preprocess.output_size(*item.size))
+    seen = network_mask(defect, box, engine.preprocess.output_size(*item.size))
     covered, mask = (torch.from_numpy(x).float().to(engine.device) for x in (coverage, seen))
     return AbnormalReference(maps, covered, mask)
 

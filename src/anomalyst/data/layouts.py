@@ -184,7 +184,7 @@ def few_shot(samples: Sequence[Sample], shots: int, seed: int) -> tuple[Sample, 
                 f"{shots} shots of {category!r} need as many normal images, but it has "
                 f"{len(normal)}: draw fewer or add images"
             )
-        order = _permutation(len(normal), seed, category)
+        order = seeded_order(len(normal), seed, category)
         drawn += [normal[place] for place in sorted(order[:shots])]
     if not drawn:
         raise InputError("no samples to draw shots from")
@@ -283,10 +283,10 @@ def _normal_by_category(samples: Sequence[Sample]) -> dict[str, list[Sample]]:
     }
 
 
-def _permutation(count: int, seed: int, category: str) -> list[int]:
-    """Return a seeded order of 0 ... count - 1, the same with every version of numpy."""
+def seeded_order(count: int, seed: int, *names: str) -> list[int]:
+    """Return an order of 0 ... count - 1 by seed and names, the same with every numpy."""
 
     def key(place: int) -> bytes:
-        return hashlib.sha256(f"{seed}/{category}/{place}".encode()).digest()
+        return hashlib.sha256("/".join([str(seed), *names, str(place)]).encode()).digest()
 
     return sorted(range(count), key=key)

@@ -38,6 +38,16 @@ def patch_coverage(mask: BoolArray, box: Box, grid: tuple[int, int]) -> FloatArr
     return clipped
 
 
+def network_mask(mask: BoolArray, box: Box, size: tuple[int, int]) -> BoolArray:
+    """Return `mask_at`, or where that skips a small defect, the pixels that it covers most."""
+    seen = mask_at(mask, box, size)
+    if seen.any() or not mask.any():
+        return seen
+    share = patch_coverage(mask, box, size)
+    fullest: BoolArray = share >= share.max()
+    return fullest
+
+
 def _between(table: _Table, places: _Table) -> _Table:
     """Return the rows of a table at fractional places."""
     places = places.clip(0, len(table) - 1)

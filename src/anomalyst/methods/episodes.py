@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from anomalyst.data.images import read_mask
-from anomalyst.data.masks import mask_at, patch_coverage
+from anomalyst.data.masks import network_mask, patch_coverage
 from anomalyst.errors import InputError
 from anomalyst.methods.memory_bank import resize_like
 from anomalyst.types import BoolArray
@@ -161,10 +161,7 @@ class Episodes:
             marked = np.zeros(target, dtype=bool)
             if self._features.samples[number].label == 1:
                 box = engine.preprocess.box(*size)
-                marked = mask_at(self._marked(number), box, target)
-                if not marked.any():  # too small for a resize that skips pixels
-                    share = patch_coverage(self._marked(number), box, target)
-                    marked = share >= share.max()
+                marked = network_mask(self._marked(number), box, target)
             self._masks[number] = torch.from_numpy(marked)
         return self._masks[number].to(engine.device).float()
 

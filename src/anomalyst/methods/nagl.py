@@ -63,6 +63,7 @@ from anomalyst.methods.residuals import Mined, mined, nearest_normal, shifted_po
 from anomalyst.methods.views import PLAIN, View, turned
 from anomalyst.training_data import TrainingFeatures
 
+_DERIVED = 2  # fields of a `Guide`, the first, that follow from the normal patches alone
 _TOP = 0.01  # share of patches that the image score means
 
 
@@ -147,6 +148,12 @@ _PAPER: Mapping[str, Any] = {
     "unit_length": False,
     "null_token": False,
 }
+_PAPER_INPUT: Mapping[str, Any] = {
+    "backbone": "dinov2-small",
+    "layers": [11],
+    "image_size": 448,
+    "square": True,
+}
 _AS_AUTHORS: Mapping[str, Any] = {
     "loss": "logits",
     "positions": "masked",
@@ -222,11 +229,15 @@ class NaglNetwork(nn.Module):
             coverage = shifted_pooling(mask, self.stride)
         return maps, coverage, True
 
+    def bank(self, normal: Tensor) -> tuple[Tensor, Tensor]:
+        """Return normal patches ``[N, C]`` at the network's length and at unit length."""
+        scaled = self.scaled(normal)
+        return scaled, functional.normalize(scaled, dim=1)
+
     def guide(self, normal: Tensor, defects: Sequence[Defect]) -> Guide:
         """Return what normal patches ``[N, C]`` and abnormal references come to."""
         options = self.options
-        normal = self.scaled(normal)
-        unit = functional.normalize(normal, dim=1)
+        normal, unit = self.bank(normal)
         parts = [
             mined(self.scaled(maps), cover, normal, unit, options.matching, options.standing_out)
             for maps, cover, _ in defects
@@ -360,20 +371,8 @@ class Nagl(TrainedMethod):
     name: ClassVar[str] = "nagl"
     Options: ClassVar[type[MethodOptions]] = NaglOptions
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "paper": {
-            "backbone": "dinov2-small",
-            "layers": [11],
-            "image_size": 448,
-            "square": True,
-            "options": _PAPER,
-        },
-        "compat": {
-            "backbone": "dinov2-small",
-            "layers": [11],
-            "image_size": 448,
-            "square": True,
-            "options": {**_PAPER, **_AS_AUTHORS},
-        },
+        "paper": {**_PAPER_INPUT, "options": _PAPER},
+        "compat": {**_PAPER_INPUT, "options": {**_PAPER, **_AS_AUTHORS}},
         "ours": {},
     }
     options: NaglOptions
@@ -469,8 +468,8 @@ class Nagl(TrainedMethod):
                 found[f"abnormal.{number}.{category}"] = maps
                 found[f"{'given' if given else 'found'}.{number}.{category}"] = cover
             if self._defects.get(category):
-                guide = self._guides[category]
-                found |= {f"guide.{k}.{category}": value for k, value in enumerate(guide)}
+                mined = self._guides[category][_DERIVED:]
+                found |= {f"guide.{k}.{category}": value for k, value in enumerate(mined)}
         return found
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
@@ -489,7 +488,7 @@ class Nagl(TrainedMethod):
                 cover = known["given" if given else "found", n]
                 self._defects.setdefault(category, []).append((maps, cover, given))
             if defects:
-                guide = {name: known["guide", k] for k, name in enumerate(Guide._fields)}
-                self._guides[category] = Guide(**guide)
+                mined = [known["guide", k] for k in range(len(Guide._fields) - _DERIVED)]
+                self._guides[category] = Guide(*self.network.bank(self._normal[category]), *mined)
             else:
                 self._guide(category)
