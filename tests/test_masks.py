@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from anomalyst.data.masks import Box, mask_at, patch_coverage
+from anomalyst.data.masks import Box, mask_at, network_mask, patch_coverage
 from anomalyst.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from anomalyst.enrolment import defect_mask
 from anomalyst.errors import InputError
@@ -175,6 +175,17 @@ def test_both_forms_of_a_mask_see_the_same_part_of_the_image(
     covered = patch_coverage(mask, box, grid) > 0
     assert shown.any() and not covered.all()
     assert not (shown & ~covered).any()
+
+
+def test_a_mask_at_the_size_of_a_network_never_loses_a_defect_nor_invents_one() -> None:
+    box, size = (5.0, 5.0, 20.0, 20.0), (4, 4)
+    dot = blank(30, 30, (6, 11))
+    np.testing.assert_array_equal(network_mask(dot, box, size), blank(4, 4, (0, 1)))
+    large = np.zeros((30, 30), bool)
+    large[10:20, 10:20] = True
+    np.testing.assert_array_equal(network_mask(large, box, size), mask_at(large, box, size))
+    assert not network_mask(blank(30, 30, (1, 1)), box, size).any()
+    assert not network_mask(blank(30, 30), box, size).any()
 
 
 # ---- the authors' pooling -----------------------------------------------------------------------

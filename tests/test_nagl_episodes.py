@@ -30,9 +30,9 @@ VARIED = Draw(normals=3, abnormals=2, varied=True, pair=True)
 class Features:
     """Training features whose maps hold their image's number everywhere."""
 
-    def __init__(self, samples: Sequence[Sample]) -> None:
+    def __init__(self, samples: Sequence[Sample], resize: int | None = None) -> None:
         self.samples = list(samples)
-        preprocess = Preprocess(16, 4, IMAGENET_MEAN, IMAGENET_STD)
+        preprocess = Preprocess(16, 4, IMAGENET_MEAN, IMAGENET_STD, resize=resize)
         self.engine = SimpleNamespace(preprocess=preprocess, device=torch.device("cpu"))
 
     def size(self, number: int) -> tuple[int, int]:
@@ -335,3 +335,20 @@ def test_a_reference_whose_mask_is_black_ends_in_no_error_of_the_arithmetic(
         assert "black.png" in str(error)
     else:
         assert all(loss.isfinite() for loss in losses.values())
+
+
+def test_a_defect_in_the_border_that_a_preset_crops_is_refused(tmp_path: Path) -> None:
+    """Learned from, it would call the healthy middle of its image a defect."""
+    edge, middle = np.zeros(SIZE, bool), np.zeros(SIZE, bool)
+    edge[:, -1] = True
+    middle[10:20, 20:30] = True
+    outside = write_mask(tmp_path / "edge.png", edge)
+    inside = write_mask(tmp_path / "middle.png", middle)
+    samples = [Sample(tmp_path / f"good{k}.png", "nut", 0, "good") for k in range(3)]
+    samples += [Sample(tmp_path / f"cut{k}.png", "nut", 1, "cut", inside) for k in range(2)]
+    samples += [Sample(tmp_path / "edge.png", "nut", 1, "cut", outside)]
+    features = Features(samples, resize=20)
+    assert features.engine.preprocess.box(*SIZE)[3] < SIZE[1]
+    episodes = Episodes(features, 60, Draw(1, 1, varied=False, pair=True), 0)
+    with pytest.raises(InputError, match=r"edge\.png: its defect lies outside.*\(the preset crops"):
+        all_of(episodes)

@@ -10,7 +10,7 @@ import numpy as np
 
 from anomalyst.bundle import AbnormalRecord, ReferenceRecord
 from anomalyst.data.images import read_mask
-from anomalyst.data.masks import network_mask, patch_coverage
+from anomalyst.data.masks import defect_on_grids
 from anomalyst.errors import InputError
 from anomalyst.inference import ImageSource, Item, by_shape, read_batches, read_item, source_name
 from anomalyst.methods.base import AbnormalReference, MethodSpec
@@ -181,15 +181,10 @@ def _reference(engine: Engine, item: Item, defect: BoolArray | None) -> Abnormal
     maps = engine.features([item])
     if defect is None:
         return AbnormalReference(maps)
-    box = engine.preprocess.box(*item.size)
-    coverage = patch_coverage(defect, box, (maps[0].shape[-2], maps[0].shape[-1]))
-    if not coverage.any():
-        raise InputError(
-            f"{item.name}: its defect lies outside the part of the image that is looked at "
-            "(the preset crops the border)"
-        )
-    seen = network_mask(defect, box, engine.preprocess.output_size(*item.size))
-    covered, mask = (torch.from_numpy(x).float().to(engine.device) for x in (coverage, seen))
+    size, grid = item.size, (maps[0].shape[-2], maps[0].shape[-1])
+    box, target = engine.preprocess.box(*size), engine.preprocess.output_size(*size)
+    seen = defect_on_grids(defect, box, grid, target, item.name)
+    covered, mask = (torch.from_numpy(x).float().to(engine.device) for x in seen)
     return AbnormalReference(maps, covered, mask)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from anomalyst.errors import InputError
 from anomalyst.types import BoolArray, FloatArray
 
 Box = tuple[float, float, float, float]
@@ -41,11 +42,30 @@ def patch_coverage(mask: BoolArray, box: Box, grid: tuple[int, int]) -> FloatArr
 def network_mask(mask: BoolArray, box: Box, size: tuple[int, int]) -> BoolArray:
     """Return `mask_at`, or where that skips a small defect, the pixels that it covers most."""
     seen = mask_at(mask, box, size)
-    if seen.any() or not mask.any():
+    if seen.any():
         return seen
     share = patch_coverage(mask, box, size)
-    fullest: BoolArray = share >= share.max()
+    fullest: BoolArray = (share > 0) & (share >= share.max())
     return fullest
+
+
+def defect_on_grids(
+    mask: BoolArray, box: Box, grid: tuple[int, int], size: tuple[int, int], name: object
+) -> tuple[FloatArray, BoolArray]:
+    """Return `patch_coverage` on a grid and `network_mask` at a size of one image's defect.
+
+    Raises
+    ------
+    InputError
+        The defect of the image ``name`` lies outside the box.
+    """
+    coverage = patch_coverage(mask, box, grid)
+    if not coverage.any():
+        raise InputError(
+            f"{name}: its defect lies outside the part of the image that is looked at "
+            "(the preset crops the border); leave the image out, or take a preset without a crop"
+        )
+    return coverage, network_mask(mask, box, size)
 
 
 def _between(table: _Table, places: _Table) -> _Table:

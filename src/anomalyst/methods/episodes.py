@@ -7,15 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from anomalyst.data.images import read_mask
-from anomalyst.data.masks import network_mask, patch_coverage
+from anomalyst.data.masks import defect_on_grids
 from anomalyst.errors import InputError
 from anomalyst.methods.memory_bank import resize_like
-from anomalyst.types import BoolArray
 
 if TYPE_CHECKING:
     from anomalyst.training_data import TrainingFeatures
@@ -91,8 +89,7 @@ class Episodes:
                 types = self._abnormal.setdefault(category, {})
                 types.setdefault(defect, []).append(number)
         self._types = self._usable()
-        self._coverage: dict[int, Tensor] = {}
-        self._masks: dict[int, Tensor] = {}
+        self._defects: dict[int, tuple[Tensor, Tensor]] = {}
 
     def _usable(self) -> list[tuple[str, list[str]]]:
         """Return the categories, each with the defects, that references can be drawn from."""
@@ -134,7 +131,7 @@ class Episodes:
         queries = [good, bad] if draw.pair else [rng.choice([good, bad])]
         return Episode(
             normals=[self._map(n) for n in normals],
-            abnormals=[self._reference(n) for n in abnormals],
+            abnormals=[(self._map(n), *self._defect(n)) for n in abnormals],
             queries=[self._map(n) for n in queries],
             masks=[self._mask(n) for n in queries],
         )
@@ -142,36 +139,34 @@ class Episodes:
     def _map(self, number: int) -> Tensor:
         return resize_like(self._features.fetch([number])[0])[0]
 
-    def _reference(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
-        maps = self._map(number)
-        grid = (maps.shape[-2], maps.shape[-1])
-        if number not in self._coverage:
-            size = self._features.size(number)
-            box = self._features.engine.preprocess.box(*size)
-            share = patch_coverage(self._marked(number), box, grid)
-            self._coverage[number] = torch.from_numpy(share)
-        return maps, self._coverage[number].to(maps.device), self._mask(number)
-
     def _mask(self, number: int) -> Tensor:
         """Return the mask of an image at the size of the network's input, 0 if it is normal."""
+        if self._features.samples[number].label == 1:
+            return self._defect(number)[1]
         engine = self._features.engine
-        if number not in self._masks:
-            size = self._features.size(number)
-            target = engine.preprocess.output_size(*size)
-            marked = np.zeros(target, dtype=bool)
-            if self._features.samples[number].label == 1:
-                box = engine.preprocess.box(*size)
-                marked = network_mask(self._marked(number), box, target)
-            self._masks[number] = torch.from_numpy(marked)
-        return self._masks[number].to(engine.device).float()
+        return torch.zeros(
+            engine.preprocess.output_size(*self._features.size(number)), device=engine.device
+        )
 
-    def _marked(self, number: int) -> BoolArray:
-        sample = self._features.samples[number]
+    def _defect(self, number: int) -> tuple[Tensor, Tensor]:
+        """Return an abnormal image's coverage of the patches and its mask, read from disk once."""
+        if number not in self._defects:
+            self._defects[number] = self._read(number)
+        coverage, mask = self._defects[number]
+        device = self._features.engine.device
+        return coverage.to(device), mask.to(device).float()
+
+    def _read(self, number: int) -> tuple[Tensor, Tensor]:
+        sample, size = self._features.samples[number], self._features.size(number)
         if sample.mask is None:
             raise ValueError(f"{sample.path} has no mask")
-        marked = read_mask(sample.mask, self._features.size(number), sample.path)
+        marked = read_mask(sample.mask, size, sample.path)
         if not marked.any():
             raise InputError(
                 f"{sample.mask}: marks no pixel; mark the defect, or take the image out"
             )
-        return marked
+        preprocess = self._features.engine.preprocess
+        box, target = preprocess.box(*size), preprocess.output_size(*size)
+        height, width = self._map(number).shape[-2:]
+        coverage, mask = defect_on_grids(marked, box, (height, width), target, sample.path)
+        return torch.from_numpy(coverage), torch.from_numpy(mask)
