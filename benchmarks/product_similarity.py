@@ -2,7 +2,7 @@
 
     python benchmarks/product_similarity.py
 
-The figures behind `enrolment.SAME_PRODUCT`, under which `enroll` refuses an abnormal image.
+The figures behind `retrieval.SAME_PRODUCT`, under which `enroll` refuses an abnormal image.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from anomalyst.features.cache import FeatureCache
 from anomalyst.generalist import load_generalist
 from anomalyst.inference import read_batches
 from anomalyst.retrieval import CategoryIndex
+
+BOUNDS = (0.65, 0.7, 0.75, 0.8)
 
 
 def main() -> None:
@@ -43,15 +45,26 @@ def main() -> None:
             first = [sample for sample in train if sample.category == name][:shots]
             for items in read_batches(first, engine.preprocess, 1):
                 index.add(name, engine.features(items))
+        every_own: list[float] = []
+        every_other: list[float] = []
         for name in names:
             own, others = [], []
             bad = [sample for sample in test if sample.category == name]
             for items in read_batches(bad, engine.preprocess, 1):
-                found = index.similarities(engine.features(items))
+                found = index.similarities(engine.features(items))[0]
                 own.append(found.pop(name))
                 others.append(max((value, other) for other, value in found.items()))
+                every_other += found.values()
+            every_own += own
             like, other = max(others)
             print(f"| {shots} | {name} | {len(bad)} | {min(own):.2f} | {like:.2f} ({other}) |")
+        for bound in BOUNDS:
+            refused = sum(value < bound for value in every_own)
+            passed = sum(value >= bound for value in every_other)
+            print(
+                f"{shots} good, bound {bound}: {refused} of {len(every_own)} images of the product "
+                f"refused, {passed} of {len(every_other)} pairs with another product let through"
+            )
 
 
 if __name__ == "__main__":
