@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from anomalyst.cli_benchmark import benchmark
+from anomalyst.cli_synthesis import pseudo_anomalies
 from anomalyst.cli_weights import weights_app
 from anomalyst.console import progress, say, show_json, show_metrics, show_table
 from anomalyst.errors import InputError
@@ -345,6 +346,7 @@ def evaluate(
 
 
 app.command()(benchmark)
+app.command()(pseudo_anomalies)
 
 
 @app.command()

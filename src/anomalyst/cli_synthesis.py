@@ -1,0 +1,74 @@
+"""The command `anomalyst pseudo-anomalies`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from anomalyst.errors import InputError
+from anomalyst.files import make_folder, replace_file
+
+if TYPE_CHECKING:
+    from anomalyst.types import ByteArray
+
+
+def pseudo_anomalies(
+    data: Annotated[Path, typer.Argument(help="Data set folder; its layout is recognised.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The picture, a .png.")],
+    recipe: Annotated[str, typer.Option(help="hybrid, cutpaste, perlin or nsa.")] = "hybrid",
+    textures: Annotated[
+        str, typer.Option(help="procedural, shuffled, others, or a folder of textures.")
+    ] = "procedural",
+    foreground: Annotated[
+        bool, typer.Option("--foreground", help="Keep to the object, where one is found.")
+    ] = False,
+    count: Annotated[int, typer.Option(min=1, max=200, help="Images to show.")] = 8,
+    image_size: Annotated[
+        int, typer.Option(min=16, max=2048, help="Short side of the images in pixels.")
+    ] = 224,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Fixes every choice.")] = 0,
+) -> None:
+    """Draw a sheet of the pseudo-anomalies that a training would see, to look at them first."""
+    from io import BytesIO
+
+    import numpy as np
+
+    from anomalyst.data.layouts import load_dataset
+    from anomalyst.methods.synthesis import Synthesizer, contact_sheet
+    from anomalyst.methods.textures import find_textures
+
+    if output.suffix.lower() != ".png":
+        raise InputError(f"{output}: the sheet is a PNG file; let its name end in .png")
+    samples = load_dataset(data).train
+    images: dict[str, list[Path]] = {}
+    for sample in samples:
+        images.setdefault(sample.category or "", []).append(sample.path)
+    synthesizer = Synthesizer(recipe, find_textures(textures, images), foreground)
+    make_folder(output.parent)
+    rng, rows = np.random.default_rng(seed), []
+    for sample in (samples[k * len(samples) // count] for k in range(count)):
+        alike = images[sample.category or ""]
+        other = alike[(alike.index(sample.path) + 1) % len(alike)]
+        source = _resized(other, image_size) if recipe == "nsa" and len(alike) > 1 else None
+        image = _resized(sample.path, image_size)
+        rows.append((image, synthesizer(image, rng, sample.category, source)))
+    file = BytesIO()
+    contact_sheet(rows, image_size).save(file, "png")
+    replace_file(output, file.getvalue())
+    empty = sum(not made.mask.any() for _, made in rows)
+    print(f"{output}: {count} pseudo-anomalies, {empty} came out empty")
+
+
+def _resized(path: Path, short: int) -> ByteArray:
+    """Return an image's pixels with that short side, in its own proportions."""
+    import numpy as np
+    from PIL import Image
+
+    from anomalyst.data.images import read_image
+
+    picture = Image.fromarray(read_image(path))
+    scale = short / min(picture.size)
+    size = round(picture.width * scale), round(picture.height * scale)
+    return np.asarray(picture.resize(size, Image.Resampling.BICUBIC))
