@@ -82,6 +82,12 @@ def main() -> None:
             {"steps": 1, "augment": "never", "stored": 2000},
             20,
         ),
+        "onenip": ("onenip", {"steps": 1, "batch_size": 4}, 20),
+        "onenip, two layers each": (
+            "onenip",
+            {"steps": 1, "batch_size": 4, "encoder_layers": 2, "decoder_layers": 2},
+            20,
+        ),
     }
     results = {}
     for name, (method, method_options, shots) in settings.items():

@@ -157,7 +157,7 @@ def test_shipped_configurations_load_and_name_their_command(
     copy.write_text(f"{text}backbone: {DEEP}\nweights: {deep_weights}\n")
     test = [Path("y")] if "--test" in command else []
     config = load_config(copy, data=[Path("x")] if trains else [], test=test)
-    assert config.setting.removesuffix("-multi") in name or len(config.variants) in (4, 9)
+    assert config.setting.removesuffix("-multi") in name or name.endswith("-ablation")
 
 
 def test_the_ablation_takes_one_part_after_the_other() -> None:
@@ -302,6 +302,21 @@ def test_a_stopped_training_goes_on_from_its_checkpoint(
     assert sorted(path.name for path in home.iterdir()) == ["cell.json"]
 
 
+def test_a_reduced_precision_is_another_training_and_stands_in_the_results(
+    run: Run, trained: Write, make_parts, tmp_path: Path
+) -> None:
+    parts, out = make_parts(("plate",), good=4), tmp_path / "out"
+    (full,) = plan(load_config(trained(data=str(parts))))
+    path = trained(data=str(parts), precision="bf16-mixed")
+    (reduced,) = plan(load_config(path))
+    assert full.sha256 != reduced.sha256 and "precision" not in full.configuration
+    assert kept.prepare(full, tmp_path / "full").precision == "32-true"
+    assert kept.prepare(reduced, tmp_path / "reduced").precision == "bf16-mixed"
+    code, _, err = run(path, "-o", out)
+    assert code == 0, err
+    assert "- precision of training: bf16-mixed" in (out / "results.md").read_text()
+
+
 def test_zero_shot_is_measured_on_other_data(
     run: Run, trained: Write, make_parts, tmp_path: Path
 ) -> None:
@@ -370,6 +385,8 @@ SLIPS: list[tuple[dict[str, Any], list[str]]] = [
     ({"backbone": "dinov2-smal"}, ["'dinov2-small'"]),
     ({"steps": 5}, ["tiny.yaml", "takes no gradient steps"]),
     ({"steps": 5, "epochs": 5}, ["steps and epochs"]),
+    ({"precision": "bf16-mixed"}, ["takes no gradient steps", "leave precision out"]),
+    ({"precision": "half"}, ["tiny.yaml: precision"]),
     ({"setting": "super-multi", "shots": ...}, ["super-multi needs two"]),
     ({"eval_size": "big"}, ["tiny.yaml: eval_size"]),
     ({"data": ...}, ["tiny.yaml", "--data"]),

@@ -232,7 +232,7 @@ def test_enroll_and_calibrate_change_the_bundle(run: Run, fit, parts: Path, tmp_
     code, _, err = run("enroll", bundle, "gear", "--normal", folder / "0.png", "--normal", folder)
     assert code == 0 and "gear: 4 references, not calibrated" in err
     code, _, err = run("enroll", bundle, "gear", "--normal", folder)
-    assert code == 2 and "has all 4 references already" in one_line(err)
+    assert code == 2 and "has all 4 images given already" in one_line(err)
     code, _, err = run("enroll", bundle, "__metadata__", "--normal", folder)
     assert code == 2 and "printable" in one_line(err)
     code, _, err = run("calibrate", bundle, parts)

@@ -15,6 +15,7 @@ from anomalyst.detector import Detector
 from anomalyst.errors import InputError
 from anomalyst.evaluation import evaluate
 from anomalyst.training_setup import TrainingSetup
+from anomalyst.types import Sample
 from conftest import TINY, Run, blot, save, texture
 
 SHORT = {"steps": 6, "warmup": 2, "batch_size": 2, "normals": 2, "abnormals": 1}
@@ -144,7 +145,7 @@ def test_another_product_is_refused_as_a_defect(
     trained.enroll("night", [np.full((96, 96, 3), 5, np.uint8)])
     with pytest.raises(InputError, match=r"looks like 'night' \(similarity .*not like 'gear'"):
         trained.enroll("gear", (), [(dark, None)])
-    monkeypatch.setattr("anomalyst.enrolment.SAME_PRODUCT", 1.01)
+    monkeypatch.setattr("anomalyst.retrieval.SAME_PRODUCT", 1.01)
     with pytest.raises(InputError, match="looks like another product than 'gear'"):
         trained.enroll("gear", (), [(BAD, MASK)])
 
@@ -155,6 +156,29 @@ def test_a_known_defect_is_refused_as_a_normal_reference(trained: Detector) -> N
         trained.enroll("gear", [BAD])
 
 
+def test_a_known_defect_calibrates_nothing(trained: Detector, tmp_path: Path) -> None:
+    """Counted as a good part it would lift the threshold over the very defect that was taught."""
+    bad = save(tmp_path / "bad.png", BAD)
+    good = save(tmp_path / "good.png", texture(40))
+    trained.enroll("gear", GOOD, [(bad, MASK)])
+    with pytest.raises(InputError, match=r"bad\.png: an abnormal reference of 'gear'"):
+        trained.calibrate([Sample(good, "gear"), Sample(bad, "gear")])
+    assert not trained.calibration
+
+
+def test_a_mask_of_more_than_half_the_image_may_be_inverted(
+    trained: Detector, caplog: pytest.LogCaptureFixture
+) -> None:
+    trained.enroll("gear", GOOD, [(BAD, MASK == 0)])
+    assert "is it inverted?" in caplog.text
+
+
+def test_a_misspelt_product_is_named_where_a_defect_is_taught(trained: Detector) -> None:
+    trained.enroll("gear", GOOD)
+    with pytest.raises(InputError, match="did you mean 'gear'"):
+        trained.enroll("geer", (), [(BAD, MASK)])
+
+
 def test_a_defect_without_any_normal_reference_is_refused(trained: Detector) -> None:
     with pytest.raises(InputError, match="at least one normal reference"):
         trained.enroll("gear", (), [(BAD, MASK)])
@@ -162,7 +186,7 @@ def test_a_defect_without_any_normal_reference_is_refused(trained: Detector) -> 
 
 def test_a_reference_that_is_known_is_passed_over(trained: Detector) -> None:
     trained.enroll("gear", GOOD, [(BAD, MASK)])
-    with pytest.raises(InputError, match="has all 4 references already"):
+    with pytest.raises(InputError, match="has all 4 images given already"):
         trained.enroll("gear", GOOD, [(BAD, MASK)])
 
 

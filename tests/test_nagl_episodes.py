@@ -38,7 +38,7 @@ class Features:
     def size(self, number: int) -> tuple[int, int]:
         return SIZE
 
-    def fetch(self, numbers: Sequence[int]) -> list[list[Tensor]]:
+    def fetch(self, numbers: Sequence[int], step: int = 0) -> list[list[Tensor]]:
         return [[torch.stack([torch.full((3, 4, 6), float(n)) for n in numbers])]]
 
 

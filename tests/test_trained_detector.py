@@ -268,7 +268,7 @@ def test_interrupted_fit_is_resumed(
     data, bundle = make_parts(), tmp_path / "bundle"
     fetch, calls = TrainingFeatures.fetch, []
 
-    def interrupt(self: TrainingFeatures, numbers: list[int]) -> object:
+    def interrupt(self: TrainingFeatures, numbers: list[int], step: int = 0) -> object:
         calls.append(numbers)
         if len(calls) == 3:
             os.kill(os.getpid(), signal.SIGINT)

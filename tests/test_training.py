@@ -56,7 +56,7 @@ class Numbers:
     def __len__(self) -> int:
         return self.count
 
-    def fetch(self, numbers: Sequence[int]) -> list[list[Tensor]]:
+    def fetch(self, numbers: Sequence[int], step: int = 0) -> list[list[Tensor]]:
         self.asked.append(list(numbers))
         groups = [[n for n in numbers if n % self.parts == part] for part in range(self.parts)]
         return [[torch.tensor(group).float()[:, None] / 10] for group in groups if group]
@@ -243,14 +243,14 @@ def test_tensorboard_gets_every_value(tmp_path: Path, monkeypatch: pytest.Monkey
     assert told.count(("loss", 11)) == 1 and len(told) == 12 * 4
 
 
-def interrupted_at(step: int, source: Numbers) -> None:
+def interrupted_at(last: int, source: Numbers) -> None:
     """Send Ctrl-C to this process while the step's images are fetched."""
     fetch = source.fetch
 
-    def fetch_and_interrupt(numbers: Sequence[int]) -> list[list[Tensor]]:
-        if len(source.asked) == step:
+    def fetch_and_interrupt(numbers: Sequence[int], step: int) -> list[list[Tensor]]:
+        if len(source.asked) == last:
             os.kill(os.getpid(), signal.SIGINT)
-        return fetch(numbers)
+        return fetch(numbers, step)
 
     source.fetch = fetch_and_interrupt  # type: ignore[method-assign]
 
@@ -277,12 +277,12 @@ def test_steps_after_the_last_checkpoint_are_done_and_logged_again(tmp_path: Pat
     source = Numbers()
     fetch = source.fetch
 
-    def crash_later(numbers: Sequence[int]) -> list[list[Tensor]]:
+    def crash_later(numbers: Sequence[int], step: int) -> list[list[Tensor]]:
         if len(source.asked) == 5:
             run.seconds = 1e9
         if len(source.asked) == 9:
             raise Crash
-        return fetch(numbers)
+        return fetch(numbers, step)
 
     source.fetch = crash_later  # type: ignore[method-assign]
     run = TrainingRun(tmp_path, seconds=0)

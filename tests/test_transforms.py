@@ -13,9 +13,12 @@ from PIL import Image
 
 from anomalyst.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from anomalyst.errors import InputError
+from anomalyst.features.backbones import find_backbone
 
 RNG = np.random.default_rng(11)
 USUAL = Preprocess(280, 14, IMAGENET_MEAN, IMAGENET_STD)
+_CLIP = find_backbone("clip-vit-l-14")
+CLIP = Preprocess(280, 14, _CLIP.mean, _CLIP.std)
 
 
 def noise(height: int, width: int) -> np.ndarray:
@@ -117,6 +120,57 @@ def test_square_resize_then_crop() -> None:
         preprocess(image), normalised(resized[2:30, 2:30], preprocess), atol=1e-6
     )
     assert preprocess.box(64, 128) == (4, 8, 56, 112)
+
+
+# ---- back to pixels -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("statistics", [USUAL, CLIP], ids=["imagenet", "clip"])
+def test_every_level_of_every_channel_comes_back(statistics: Preprocess) -> None:
+    image = np.stack([np.roll(np.arange(256), 85 * k).reshape(16, 16) for k in range(3)], axis=2)
+    image = image.astype(np.uint8)
+    tensor = replace(statistics, image_size=16, multiple=1)(image)
+    back = statistics.pixels(tensor)
+    assert back.dtype == np.uint8 and back.flags.c_contiguous
+    np.testing.assert_array_equal(back, image)
+
+
+@pytest.mark.parametrize("statistics", [USUAL, CLIP], ids=["imagenet", "clip"])
+@pytest.mark.parametrize(
+    ("change", "size", "corner"),
+    [
+        ({}, (280, 462), (0, 0)),
+        ({"square": True}, (280, 280), (0, 0)),
+        ({"resize": 300}, (300, 500), (10, 110)),
+        ({"resize": 300, "square": True}, (300, 300), (10, 10)),
+    ],
+)
+def test_the_resized_and_cropped_image_comes_back(
+    statistics: Preprocess, change: dict[str, int], size: tuple[int, int], corner: tuple[int, int]
+) -> None:
+    preprocess, image = replace(statistics, **change), noise(96, 160)
+    tensor = preprocess(image)
+    pixels = preprocess.pixels(tensor)
+    height, width = preprocess.output_size(96, 160)
+    bicubic = Image.fromarray(image).resize(size[::-1], Image.Resampling.BICUBIC)
+    cropped = np.asarray(bicubic)[corner[0] :, corner[1] :][:height, :width]
+    np.testing.assert_array_equal(pixels, cropped)
+    np.testing.assert_array_equal(preprocess.normalized(pixels), tensor)
+    assert preprocess.normalized(pixels).dtype == np.float32
+
+
+def test_values_between_levels_and_beyond_the_range_take_the_nearest_level() -> None:
+    image = noise(28, 42)
+    tensor = USUAL.normalized(image)
+    level = 1 / (255 * np.array(USUAL.std, dtype=np.float32))[:, None, None]
+    for shift in (-0.49, 0.49):
+        np.testing.assert_array_equal(USUAL.pixels(tensor + shift * level), image)
+    np.testing.assert_array_equal(USUAL.pixels(tensor + 300 * level), 255)
+    np.testing.assert_array_equal(USUAL.pixels(tensor - 300 * level), 0)
+    assert USUAL.pixels(tensor).flags.writeable
+
+
+# ---- what is refused ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("preprocess", [USUAL, replace(USUAL, resize=300)])

@@ -275,7 +275,7 @@ class Detector:
     @property
     def trains_apart(self) -> bool:
         """Whether training sees a source domain, and the products to judge are enrolled later."""
-        return self.spec.trains_on is not None and self.spec.needs_category
+        return self.spec.generalist
 
     @property
     def ready(self) -> bool:
@@ -383,10 +383,15 @@ class Detector:
             raise InputError(f"{anomalous.path}: calibration takes normal images only")
         learned = [*self.references.values(), self.trained_on]
         seen = {record.sha256 for records in learned for record in records}
+        bad = {record.sha256: name for name, rows in self.abnormal.items() for record in rows}
         kept: dict[str, list[tuple[float, float, str]]] = {}
         for done, p in enumerate(self.predict(data), start=1):
             if p.error or p.category is None or p.score is None or p.map is None:
                 raise InputError(f"calibration image: {p.error}")
+            if p.sha256 in bad:
+                raise InputError(
+                    f"{p.image}: an abnormal reference of {bad[p.sha256]!r}; leave it out"
+                )
             if p.sha256 not in seen:
                 seen.add(p.sha256)
                 kept.setdefault(p.category, []).append((p.score, float(p.map.max()), p.sha256))

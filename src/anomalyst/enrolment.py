@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +12,7 @@ import numpy as np
 from anomalyst.bundle import AbnormalRecord, ReferenceRecord
 from anomalyst.data.images import read_mask
 from anomalyst.data.masks import defect_on_grids
-from anomalyst.errors import InputError
+from anomalyst.errors import InputError, unknown
 from anomalyst.inference import ImageSource, Item, by_shape, read_batches, read_item, source_name
 from anomalyst.methods.base import AbnormalReference, MethodSpec
 from anomalyst.types import BoolArray, Progress, Sample
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 
 MaskSource = str | Path | np.ndarray
 AbnormalSource = tuple[ImageSource, MaskSource | None]
-SAME_PRODUCT = 0.75
+
+_log = logging.getLogger(__name__)
 
 
 def record_of(item: Item) -> ReferenceRecord:
@@ -67,26 +69,27 @@ def enroll(
     known_bad = detector.abnormal.get(category, [])
     records: list[ReferenceRecord] = []
     views: list[Sequence[Tensor]] = []
-    plain: list[Sequence[Tensor]] = []
+    plain: list[tuple[list[str], Sequence[Tensor]]] = []
     engine, shown = detector.engine, detector.method.reference_views
     for items in _new_references(detector, category, normal, progress):
         records += [record_of(item) for item in items]
         for positions in by_shape(items):
             same = [items[p] for p in positions]
             found = [engine.features(same, view) for view in shown]
-            plain.append(found[0])
+            plain.append(([item.name for item in same], found[0]))
             views.extend(found)
     good = {record.sha256 for record in (*known, *records)}
     bad = list(_new_abnormal(detector, category, abnormal, good, progress))
     if not records and not bad:
         count = len(normal) + len(abnormal)
-        raise InputError(f"category {category!r} has all {count} references already")
+        raise InputError(f"category {category!r} has all {count} images given already")
     index = CategoryIndex()
     index.load(detector.index.tensors())
-    for features in plain:
+    for names, features in plain:
+        _warn_of_strangers(category, names, index.similarities(features))
         index.add(category, features)
     for item, reference in bad:
-        _require_same_product(category, item, index.similarities(reference.maps))
+        _require_same_product(category, item, index.similarities(reference.maps)[0])
 
     if views:
         detector.method.enroll(category, views)
@@ -111,6 +114,8 @@ def _check_call(
         )
     if not category.strip() or not category.isprintable() or category.startswith("__"):
         raise InputError(f"category {category!r}: give a printable name, not starting with __")
+    if not normal and abnormal and detector.references and category not in detector.references:
+        raise unknown("category", category, detector.references)
     if not normal and not (abnormal and detector.references.get(category)):
         raise InputError(f"category {category!r}: give at least one normal reference image")
     if spec.trains_on is not None and not detector.method.trained:
@@ -143,6 +148,17 @@ def _new_references(
         done += len(batch)
         if progress:
             progress(f"enroll {category}", done, len(sources))
+
+
+def _warn_of_strangers(
+    category: str, names: Sequence[str], similar: Sequence[Mapping[str, float]]
+) -> None:
+    """Warn of normal images that hardly show what the category's earlier references show."""
+    from anomalyst.retrieval import mistaken
+
+    for name, values in zip(names, similar, strict=True):
+        if (found := mistaken(category, values)) is not None:
+            _log.warning("%s: looks %s; taken as normal all the same", name, found)
 
 
 # ---- abnormal references ------------------------------------------------------------------------
@@ -207,6 +223,9 @@ def defect_mask(mask: MaskSource, item: Item) -> BoolArray:
         name, marked = str(mask), read_mask(mask, item.size, item.name)
     if not marked.any():
         raise InputError(f"{name}: marks no pixel; mark the defect, or leave the mask out")
+    share = float(marked.mean())
+    if 0.5 < share < 1:
+        _log.warning("%s: marks %.0f %% of the image; is it inverted?", name, 100 * share)
     if marked.all():
         raise InputError(
             f"{name}: marks the whole image; mark the defect alone, or leave the mask out"
@@ -219,6 +238,8 @@ def _require_same_product(category: str, item: Item, similar: Mapping[str, float
 
     Its defect changes an image far less than its product does: see docs/benchmarks.md.
     """
+    from anomalyst.retrieval import SAME_PRODUCT
+
     nearest = max(similar, key=lambda name: similar[name])
     own = similar[category]
     if similar[nearest] > own:

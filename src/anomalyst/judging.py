@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,8 @@ from anomalyst.errors import unknown
 from anomalyst.inference import ImageSource, Item, by_shape, read_batches
 from anomalyst.scoring import find_regions
 from anomalyst.types import Prediction, Region, ScoreMap
+
+_log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,19 +29,24 @@ def judge_all(
 ) -> Iterator[Prediction]:
     """Yield one prediction an image in the order given; a bad image's has its ``error`` set."""
     preprocess = detector.engine.preprocess
+    warned: set[str] = set()
     for batch in read_batches(sources, preprocess, batch_size, keep_pixels):
         done: dict[int, Prediction] = {}
         for positions in by_shape(batch):
             items = [batch[p] for p in positions]
-            done.update(zip(positions, _judge(detector, items, category), strict=True))
+            done.update(zip(positions, _judge(detector, items, category, warned), strict=True))
         for position, item in enumerate(batch):
             yield done.get(position) or Prediction(item.name, item.category, error=item.error)
 
 
-def _judge(detector: Detector, items: Sequence[Item], category: str | None) -> list[Prediction]:
+def _judge(
+    detector: Detector, items: Sequence[Item], category: str | None, warned: set[str]
+) -> list[Prediction]:
     """Judge good items of one shape."""
     features = detector.engine.features(items)
     names = _name_categories(detector, items, features, category)
+    if detector.spec.needs_category:
+        _warn_of_strangers(items, names, detector.index.similarities(features), warned)
     found: dict[int, Prediction] = {}
     for name in dict.fromkeys(names):
         at = [k for k, other in enumerate(names) if other == name]
@@ -79,6 +87,28 @@ def _name_categories(
     if retrieved[0] is None and len(detector.categories) == 1:
         return [name or detector.categories[0] for name in known]
     return [name or nearest for name, nearest in zip(known, retrieved, strict=True)]
+
+
+def _warn_of_strangers(
+    items: Sequence[Item],
+    names: Sequence[str | None],
+    similar: Sequence[Mapping[str, float]],
+    warned: set[str],
+) -> None:
+    """Warn of a category's first image that hardly shows what its references show."""
+    from anomalyst.retrieval import mistaken
+
+    for item, name, values in zip(items, names, similar, strict=True):
+        if name is None or name in warned:
+            continue
+        if (found := mistaken(name, values)) is not None:
+            warned.add(name)
+            _log.warning(
+                "%s: looks %s; judged as %r all the same, and so are others like it, unnamed",
+                item.name,
+                found,
+                name,
+            )
 
 
 def _decide(detector: Detector, plain: Prediction, score_map: ScoreMap, score: float) -> Prediction:

@@ -8,6 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+SAME_PRODUCT = 0.75
+"""Cosine to the nearest reference under which an image hardly shows the same product, measured in
+docs/benchmarks.md."""
+
 # References remembered a category: plenty to tell products apart, little to search.
 _REMEMBERED = 64
 
@@ -36,10 +40,11 @@ class CategoryIndex:
         )  # (categories, B)
         return [names[k] for k in best.argmax(dim=0).tolist()]
 
-    def similarities(self, features: Sequence[Tensor]) -> dict[str, float]:
-        """Return for each category the cosine of one image to its nearest reference."""
-        query = describe(features)[0]
-        return {name: float((kept @ query).max()) for name, kept in self._descriptors.items()}
+    def similarities(self, features: Sequence[Tensor]) -> list[dict[str, float]]:
+        """Return for each image of a batch its cosine to every category's nearest reference."""
+        queries = describe(features)
+        best = {n: (queries @ kept.T).amax(1).tolist() for n, kept in self._descriptors.items()}
+        return [{name: best[name][k] for name in best} for k in range(len(queries))]
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the descriptors by category, for the bundle."""
@@ -48,6 +53,20 @@ class CategoryIndex:
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Restore what `tensors` returned."""
         self._descriptors = dict(tensors)
+
+
+def mistaken(category: str, similar: Mapping[str, float]) -> str | None:
+    """Say what else an image looks like, None where it may well be of the category.
+
+    Neither defects nor another view make it that unlike its own references.
+    """
+    own = similar.get(category)
+    if own is None or own >= SAME_PRODUCT:
+        return None
+    nearest = max(similar, key=lambda name: similar[name])
+    if nearest == category:
+        return f"unlike all references of {category!r} (similarity {own:.2f})"
+    return f"like {nearest!r} (similarity {similar[nearest]:.2f}), not {category!r} ({own:.2f})"
 
 
 def describe(features: Sequence[Tensor]) -> Tensor:

@@ -1,8 +1,8 @@
 """The training loop of every method with gradient steps, on Lightning Fabric.
 
-One plain loop: draw a batch, take the loss, clip, step, write down. The order of images depends on
-the seed and the step alone and the network has no randomness of its own, so weights, optimiser
-state and step number are all that a checkpoint needs: resumed training ends at the same weights.
+One plain loop: draw a batch, take the loss, clip, step, write down. All randomness, the order of
+images and that of the network, depends on the seed and the step alone, so weights, optimiser state
+and step number are all that a checkpoint needs: resumed training ends at the same weights.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class Source(Protocol):
     def __len__(self) -> int:
         """Return how many there are to draw from."""
 
-    def fetch(self, numbers: Sequence[int]) -> Batch:
-        """Return the maps of those numbers."""
+    def fetch(self, numbers: Sequence[int], step: int) -> Batch:
+        """Return the maps of those numbers; what is drawn for them follows from the step."""
 
 
 @dataclass(frozen=True)
@@ -158,13 +158,14 @@ def _work(
     began = time.perf_counter()
     keeper = run if fabric.is_global_zero else None
     batches = draw_batches(len(source), plan, seed, first)
-    with _interrupt_between_steps() as interrupted:
+    with _interrupt_between_steps() as interrupted, _own_randomness(fabric.device):
         for step, numbers in enumerate(batches, start=first):
+            torch.manual_seed(_step_seed(seed, step, fabric.global_rank))
             rate = options.rate(step, plan.steps)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             stepper.zero_grad()
-            losses = model(source.fetch(numbers[mine]))
+            losses = model(source.fetch(numbers[mine], step))
             fabric.backward(losses["loss"])
             norm = fabric.clip_gradients(
                 model, stepper, max_norm=options.clip or math.inf, error_if_nonfinite=False
@@ -226,6 +227,18 @@ def _interrupt_between_steps() -> Iterator[list[int]]:
         yield noticed
     finally:
         signal.signal(signal.SIGINT, former)
+
+
+@contextmanager
+def _own_randomness(device: torch.device) -> Iterator[None]:
+    """Leave torch's generators as they were before."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
+
+
+def _step_seed(seed: int, step: int, process: int) -> int:
+    """Return what the network's own randomness of one step starts from."""
+    return ((seed * 1_000_003 + step) * 1_009 + process) % 2**63
 
 
 class _Objective(nn.Module):

@@ -75,8 +75,8 @@ class TrainingFeatures:
             self._sizes[image] = (pixels.shape[0], pixels.shape[1])
         return self._sizes[image]
 
-    def fetch(self, numbers: Sequence[int]) -> list[list[Tensor]]:
-        """Return the maps of those numbers, in one batch for each shape of map.
+    def fetch(self, numbers: Sequence[int], step: int = 0) -> list[list[Tensor]]:
+        """Return the maps of those numbers, in one batch for each shape of map, at any step.
 
         Within a batch the order of ``numbers`` is kept. The maps are plain tensors, ready for
         autograd.

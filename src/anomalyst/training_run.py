@@ -22,6 +22,7 @@ from anomalyst.files import make_folder, replace_file
 from anomalyst.training_setup import CHECKPOINT
 
 _log = logging.getLogger(__name__)
+_BUFFER = "buffer."  # of the network, such as running means of batch norm
 
 
 @dataclass
@@ -104,6 +105,8 @@ class TrainingRun:
                 if owner == name and part != "network":
                     # Step numbers stay where optimisers keep them, on the processor.
                     state[part] = value.to(parameter.device) if value.ndim else value
+        for name, buffer in network.named_buffers():
+            buffer.copy_(tensors[f"{_BUFFER}{name}"])
         self._saved_step = step
         self._cut_log(step)
         return step
@@ -148,6 +151,7 @@ class TrainingRun:
             tensors[f"network.{name}"] = parameter.detach()
             for part, value in optimizer.state[parameter].items():
                 tensors[f"{part}.{name}"] = torch.as_tensor(value)
+        tensors |= {f"{_BUFFER}{name}": value for name, value in network.named_buffers()}
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         said = {"step": str(step), "settings": _text(self.settings)}
         blob = save(tensors, {**said, "sha256": _digest(tensors)})

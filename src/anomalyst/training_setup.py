@@ -10,6 +10,7 @@ from typing import Literal
 from anomalyst.errors import InputError
 
 Precision = Literal["32-true", "bf16-mixed"]
+FULL: Precision = "32-true"
 CHECKPOINT = "checkpoint.safetensors"
 FEATURES = "features"
 
@@ -48,7 +49,7 @@ class TrainingSetup:
     tensorboard: bool = False
     cached: bool = True
     devices: int = 1
-    precision: Precision = "32-true"
+    precision: Precision = FULL
 
     def __post_init__(self) -> None:
         if self.devices < 1:

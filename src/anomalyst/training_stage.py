@@ -37,15 +37,17 @@ def train_method(
     views = method.training_views(few_shot)
     Plan.of(method.options, len(samples) * len(views), setup.devices)  # a slip must not wait
     features = TrainingFeatures(engine, samples, views, progress)
+    source = method.source(features)
     train(
         method.network,
-        method.source(features),
+        source,
         method.options,
         seed=method.seed,
         hardware=hardware,
         run=run,
         progress=progress,
     )
+    method.finish(source)
     method.trained = True
     return features
 

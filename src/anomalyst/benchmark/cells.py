@@ -17,6 +17,7 @@ from anomalyst.bundle import read_bundle
 from anomalyst.data.layouts import Dataset, load_together
 from anomalyst.errors import InputError
 from anomalyst.methods.base import find_method
+from anomalyst.training_setup import FULL, Precision
 from anomalyst.types import Sample
 
 
@@ -36,6 +37,7 @@ class SourceTraining:
     seed: int
     folders: Sequence[Path]
     data: Dataset
+    precision: Precision = FULL
 
     @property
     def samples(self) -> tuple[Sample, ...]:
@@ -51,6 +53,7 @@ class SourceTraining:
             "detector": _plain(self.arguments),
             "data": _described(self.folders, self.data),
             "files": _digest(self.samples),
+            **_reduced(self.precision),
         }
 
     @cached_property
@@ -127,6 +130,7 @@ class Cell:
     train: Dataset
     test: Dataset
     generalist: Generalist | None = None
+    precision: Precision = FULL
 
     @property
     def abnormal(self) -> int | None:
@@ -167,6 +171,7 @@ class Cell:
             "test": _described(self.folders[1], self.test),
             "files": _digest([*self.train.train, *self.test.test]),
             **(self.generalist.configuration if self.generalist else {}),
+            **_reduced(self.precision),
         }
 
     @cached_property
@@ -214,7 +219,8 @@ def plan(config: BenchmarkConfig) -> list[Cell]:
         arguments = config.arguments(method, variant)
         for shots, seed, part in product(config.shots or (None,), config.seeds, parts):
             chosen = (method, variant.name, config.setting, shots, seed, part[0])
-            cells.append(Cell(*chosen, config.eval_size, arguments, folders, *part[1:]))
+            more = (config.eval_size, arguments, folders, *part[1:])
+            cells.append(Cell(*chosen, *more, precision=config.precision))
     return cells
 
 
@@ -252,7 +258,8 @@ def _generalist_cells(config: BenchmarkConfig) -> Iterator[Cell]:
         training, bundle = None, config.bundle if spec.trains_on else None
         arguments = {} if bundle else config.arguments(method, variant)
         if spec.trains_on and source:
-            training = SourceTraining(method, arguments, config.seeds[0], config.data, source)
+            learned = (arguments, config.seeds[0], config.data, source, config.precision)
+            training = SourceTraining(method, *learned)
         counts = [count for count in config.abnormal if not count or spec.abnormal_references]
         for shots, abnormal, seed in product(config.shots, counts, config.seeds):
             more = Generalist(
@@ -275,6 +282,11 @@ def _contents(bundle: str) -> Mapping[str, str]:
 
         return {"model card": _hash(model_card())}
     return read_bundle(Path(bundle).expanduser())[0].sha256
+
+
+def _reduced(precision: Precision) -> dict[str, str]:
+    """Return the entry of a precision below the full one, which needs none."""
+    return {} if precision == FULL else {"precision": precision}
 
 
 def _plain(values: Mapping[str, Any]) -> Any:

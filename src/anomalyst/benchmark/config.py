@@ -14,6 +14,7 @@ from anomalyst.evaluation import EVAL_SIZE
 from anomalyst.features.backbones import find_backbone
 from anomalyst.methods.base import MethodSpec, find_method, make_options
 from anomalyst.settings import DETECTOR_KEYS, detector_settings
+from anomalyst.training_setup import FULL, Precision
 
 SHIPPED = Path(__file__).parent / "configs"
 Setting = Literal[
@@ -26,7 +27,7 @@ _SHORTHAND = {
     "method": "methods"
 }  # a key for one value, and the key of the list that it stands for
 _LISTS = ("methods", "data", "test")
-_OF_TRAINING = ("data", "variants", "options", "steps", "epochs")
+_OF_TRAINING = ("data", "variants", "options", "steps", "epochs", "precision")
 _OF_DETECTOR = ("preset", "backbone", "weights", "image_size")
 
 
@@ -66,6 +67,7 @@ class BenchmarkConfig(_Part):
     options: dict[str, Any] = {}
     steps: int | None = Field(None, ge=1)
     epochs: int | None = Field(None, ge=1)
+    precision: Precision = FULL
     bundle: str | None = None
     shots: tuple[Annotated[int, Field(ge=1)], ...] = ()
     abnormal: tuple[Annotated[int, Field(ge=0)], ...] = Field((0,), min_length=1)
@@ -314,9 +316,10 @@ def _check_data(config: BenchmarkConfig, specs: Sequence[MethodSpec], where: str
 def _check_lengths(config: BenchmarkConfig, specs: Sequence[MethodSpec], where: str) -> None:
     if config.steps and config.epochs:
         raise InputError(f"{where}: steps and epochs say the same in two ways: give one of them")
-    if (config.steps or config.epochs) and not any(spec.trains_on for spec in specs):
+    given = [key for key in ("steps", "epochs", "precision") if _is_given(config, key)]
+    if given and not any(spec.trains_on for spec in specs):
         names = " or ".join(config.methods)
-        raise InputError(f"{where}: {names} takes no gradient steps: leave steps and epochs out")
+        raise InputError(f"{where}: {names} takes no gradient steps: leave {given[0]} out")
 
 
 def _check_abnormal(config: BenchmarkConfig, specs: Sequence[MethodSpec], where: str) -> None:
@@ -335,12 +338,12 @@ def _check_setting(setting: str, spec: MethodSpec, where: str) -> None:
         raise InputError(
             f"{where}: setting: {spec.name} cannot do {setting}; `anomalyst methods` shows what can"
         )
-    if setting == "generalist" and spec.trains_on and not spec.needs_category:
+    if setting == "generalist" and spec.trains_on and not spec.generalist:
         raise InputError(
             f"{where}: setting: {spec.name} cannot do generalist: it is trained on the very "
             "products that it judges, not given references of others later"
         )
-    if setting != "generalist" and spec.trains_on and spec.needs_category:
+    if setting != "generalist" and spec.generalist:
         raise InputError(
             f"{where}: setting: {spec.name} can do generalist only: it is trained on other "
             "products than it judges"

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Protocol
 
 from anomalyst.errors import InputError
 from anomalyst.files import make_folder, replace_file
-from anomalyst.training_setup import CHECKPOINT, TrainingSetup
+from anomalyst.training_setup import CHECKPOINT, Precision, TrainingSetup
 
 _ERROR = "error.txt"
 _TRAINING = "training"
@@ -29,6 +29,10 @@ class Made(Protocol):
     def sha256(self) -> str:
         """Hash of the configuration."""
 
+    @property
+    def precision(self) -> Precision:
+        """Of its gradient steps."""
+
 
 def prepare(made: Made, home: Path) -> TrainingSetup:
     """Empty the folder, unless a training of the same configuration was stopped in it."""
@@ -41,7 +45,7 @@ def prepare(made: Made, home: Path) -> TrainingSetup:
         make_folder(home)
         content = {"sha256": made.sha256, "configuration": made.configuration}
         replace_file(home / made.record, json.dumps(content, indent=2).encode())
-    return TrainingSetup(training, resume=resume)
+    return TrainingSetup(training, resume=resume, precision=made.precision)
 
 
 def is_same(made: Made, home: Path) -> bool:

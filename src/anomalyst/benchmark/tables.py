@@ -17,6 +17,7 @@ from anomalyst.benchmark.config import BenchmarkConfig
 from anomalyst.benchmark.generalist import PARTS
 from anomalyst.evaluation import METRICS, mean_metrics
 from anomalyst.files import replace_file
+from anomalyst.training_setup import FULL
 
 NOT_RUN = "not run"
 _APART = (
@@ -235,10 +236,12 @@ def _facts(config: BenchmarkConfig, outcomes: Sequence[Outcome]) -> Iterator[str
     folders = config.bundle or ", ".join(map(str, config.data)) or None
     tested = ", ".join(str(path) for path in config.test or config.data)
     generalist = config.setting == "generalist"
-    references = {"references by": [config.references]} if generalist else {}
+    more: dict[str, Sequence[str]] = {"references by": [config.references]} if generalist else {}
+    if config.precision != FULL:
+        more["precision of training"] = [config.precision]
     facts: dict[str, Sequence[Any]] = {
         "setting": [config.setting],
-        **references,
+        **more,
         "trained on": [folders],
         "tested on": [tested],
         "seeds": config.seeds,

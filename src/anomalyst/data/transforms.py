@@ -81,14 +81,29 @@ class Preprocess:
         if self.resize is not None:
             top, left = self._crop_at(height, width)
             pixels = pixels[top : top + self.image_size, left : left + self.image_size]
-        std = np.array(self.std)
-        scale = (1 / (255 * std)).astype(np.float32)
-        offset = (-np.array(self.mean) / std).astype(np.float32)
+        return self.normalized(pixels)
+
+    def normalized(self, pixels: ByteArray) -> FloatArray:
+        """Return the tensor of an image of the right size, uint8 ``[h, w, 3]`` -> ``[3, h, w]``."""
+        scale, offset = self._affine()
         tensor = np.empty((3, *pixels.shape[:2]), dtype=np.float32)
         # (h, w, 3) -> (3, h, w) while multiplying: one pass over the pixels less
         np.multiply(pixels.transpose(2, 0, 1), scale[:, None, None], out=tensor)
         tensor += offset[:, None, None]
         return tensor
+
+    def pixels(self, tensor: FloatArray) -> ByteArray:
+        """Return the resized image, uint8 ``[h, w, 3]``, behind a tensor ``[3, h, w]``."""
+        scale, offset = self._affine()
+        values = (tensor - offset[:, None, None]) / scale[:, None, None]
+        image: ByteArray = values.round().clip(0, 255).astype(np.uint8).transpose(1, 2, 0)
+        return np.ascontiguousarray(image)
+
+    def _affine(self) -> tuple[FloatArray, FloatArray]:
+        """Return factor and offset ``[3]`` from a pixel in 0 to 255 to a normalised value."""
+        std = np.array(self.std)
+        scale = (1 / (255 * std)).astype(np.float32)
+        return scale, (-np.array(self.mean) / std).astype(np.float32)
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         """Return (h, w) of the tensor for an image of this size."""

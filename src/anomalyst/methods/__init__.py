@@ -37,7 +37,16 @@ REGISTRY: dict[str, MethodSpec] = {
             few_shot=True,
             abnormal_references=True,
             needs_category=True,
+            generalist=True,
             trains_on="another domain's normal and masked abnormal images",
+        ),
+        MethodSpec(
+            "onenip",
+            "anomalyst.methods.onenip:OneNip",
+            "reconstruction with one normal image as the prompt (Gao, ECCV 2024)",
+            multi_class=True,
+            needs_category=True,
+            trains_on="normal images",
         ),
     )
 }

@@ -32,6 +32,7 @@ class MethodSpec:
     """One registry line: where the method lives and what it can do.
 
     ``trains_on`` is None for a method without gradient steps, else what those steps see.
+    ``generalist`` says that they see other products than are judged later.
     """
 
     name: str
@@ -43,6 +44,7 @@ class MethodSpec:
     abnormal_references: bool = False
     needs_category: bool = False
     needs_class_name: bool = False
+    generalist: bool = False
     trains_on: str | None = None
 
     def load(self) -> type[Method]:
@@ -228,6 +230,9 @@ class TrainedMethod(Method):
     def source(self, features: TrainingFeatures) -> Source:
         """Return what the steps see; by default the feature maps of the training images."""
         return features
+
+    def finish(self, source: Any) -> None:
+        """After the last step, take what else is fixed by the training data, its ``source``."""
 
     def training_views(self, few_shot: bool) -> Sequence[View]:
         """Return the views of each image that are trained on, the image itself first."""

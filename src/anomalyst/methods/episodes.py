@@ -111,8 +111,8 @@ class Episodes:
     def __len__(self) -> int:
         return self._count
 
-    def fetch(self, numbers: Sequence[int]) -> list[list[list[Episode]]]:
-        """Return the episodes of those numbers, as one part of a step."""
+    def fetch(self, numbers: Sequence[int], step: int = 0) -> list[list[list[Episode]]]:
+        """Return the episodes of those numbers, as one part of a step, the same at any step."""
         return [[[self._make(number) for number in numbers]]]
 
     def _make(self, number: int) -> Episode:

@@ -23,7 +23,6 @@ from scipy import ndimage
 from anomalyst.errors import InputError, unknown
 from anomalyst.methods.perlin import perlin_mask
 from anomalyst.methods.textures import Textures, augment
-from anomalyst.methods.textures import find_textures as find_textures  # whoever draws needs both
 from anomalyst.overlay import TRUTH_COLOUR, outline
 from anomalyst.types import BoolArray, ByteArray
 
