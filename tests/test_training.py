@@ -401,6 +401,7 @@ def test_two_processes_give_the_losses_of_one(tmp_path: Path) -> None:
         run = TrainingRun(tmp_path / str(count))
         run.prepare()
         network = Line()
+        network.register_buffer("more", torch.ones(100_000))  # than a pipe between processes holds
         hardware = Hardware(torch.device("cpu"), count)
         train(network, Numbers(), SHORT, seed=0, hardware=hardware, run=run)
         networks.append(network)

@@ -10,17 +10,19 @@ from __future__ import annotations
 import copy
 import math
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
-import numpy.typing as npt
 import torch
 from lightning.fabric import Fabric
+from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed, nn
 
 from anomalyst.errors import InputError
@@ -131,8 +133,10 @@ def train(
             run=run,
             progress=None,
         )
-        state = fabric.launch(partial(_work_apart, work=work))
-        network.load_state_dict({name: torch.from_numpy(value) for name, value in state.items()})
+        with tempfile.TemporaryDirectory(prefix="anomalyst-") as folder:
+            weights = Path(folder) / "weights.safetensors"
+            fabric.launch(partial(_work_apart, work=work, weights=weights))
+            network.load_state_dict(load_file(weights))
     else:
         _work(fabric, network, source, options, plan, seed, run, progress)
     network.eval()
@@ -185,18 +189,21 @@ def _work(
                 progress("train", step + 1, plan.steps, note)
 
 
-def _work_apart(fabric: Fabric, work: partial[None]) -> dict[str, npt.NDArray[Any]]:
-    """Run the loop as one of several processes and return the trained weights.
+def _work_apart(fabric: Fabric, work: partial[None], weights: Path) -> None:
+    """Run the loop as one of several processes; the first writes the trained weights to a file.
 
-    As arrays: a tensor shared with another process is gone when that one ends.
+    Fabric waits for the processes to end before it takes what they return, and they for it to be
+    taken once it is larger than a pipe.
     """
     # Tensors reach another process in shared memory: all would step on the same weights.
     network = copy.deepcopy(work.keywords["network"])
     work(fabric, network=network)
+    if fabric.is_global_zero:
+        state = network.state_dict()
+        save_file({name: tensor.cpu().contiguous() for name, tensor in state.items()}, weights)
     # Left to the process's end, the group's own threads would at times abort it.
     fabric.barrier()
     distributed.destroy_process_group()
-    return {name: tensor.cpu().numpy() for name, tensor in network.state_dict().items()}
 
 
 def _mean(fabric: Fabric, value: Tensor) -> float:

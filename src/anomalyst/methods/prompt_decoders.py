@@ -118,7 +118,8 @@ class BidirectionalLayer(nn.Module):
         super().__init__()
         self.legacy = legacy
         self.prompt_reads = Attention(width, heads, dropout)
-        self.target_reads = Attention(width, heads, dropout)
+        # Several processes wait for the gradient of all that is not frozen.
+        self.target_reads = Attention(width, heads, dropout).requires_grad_(not legacy)
         self.mlp = Mlp(width, hidden, 0.0)
         self.norm1 = nn.LayerNorm(width)
         self.norm2 = nn.LayerNorm(width)
