@@ -13,8 +13,6 @@ import argparse
 import json
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,22 +24,9 @@ from anomalyst.features.cache import FeatureCache
 from anomalyst.methods.onenip import OneNip
 from anomalyst.methods.views import PLAIN
 from anomalyst.training_data import TrainingFeatures
+from timing import matrix_rate, seconds
 
 PRESET = OneNip.presets["fast"]["options"]
-
-
-def seconds(work: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
-
-
-def matrix_rate() -> float:
-    """Return the machine's rate on a matrix product of the MLPs' size, in flops a second."""
-    a, b = torch.randn(2048, 256), torch.randn(256, 1024)
-    a @ b
-    took = min(seconds(lambda: [a @ b for _ in range(20)]) for _ in range(5)) / 20
-    return 2 * 2048 * 256 * 1024 / took
 
 
 def main() -> None:
@@ -91,7 +76,7 @@ def main() -> None:
             [seconds(lambda name=name, k=k: steps[name](k)) for name in steps]
             for k in range(options.rounds)
         ]
-    rate = matrix_rate()
+    rate = matrix_rate(2048, 256, 1024)
     pooled, fresh = (statistics.median(column) for column in zip(*times, strict=True))
     floor = counter.get_total_flops() / rate
     print(

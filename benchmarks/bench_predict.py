@@ -11,8 +11,6 @@ import argparse
 import json
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,14 +21,9 @@ from anomalyst.data.images import read_image
 from anomalyst.data.layouts import Dataset
 from anomalyst.generalist import load_generalist
 from anomalyst.predictions import write_predictions
+from timing import seconds
 
 BATCH = 8
-
-
-def seconds(work: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
 
 
 def compare(detector: Detector, paths: list[Path], rounds: int) -> dict[str, float]:

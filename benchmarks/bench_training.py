@@ -13,8 +13,6 @@ import argparse
 import json
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,23 +23,10 @@ from torch import nn
 from anomalyst import Detector, load_dataset
 from anomalyst.features.cache import FeatureCache
 from anomalyst.methods.inp_former import InpFormer, InpNetwork
+from anomalyst.methods.stable_adamw import StableAdamW
 from anomalyst.methods.views import PLAIN
-from anomalyst.training import StableAdamW
 from anomalyst.training_data import TrainingFeatures
-
-
-def seconds(work: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
-
-
-def matrix_rate() -> float:
-    """Return the machine's rate on the largest of the heads' products, in flops a second."""
-    a, b = torch.randn(4096, 384), torch.randn(384, 1536)
-    a @ b
-    took = min(seconds(lambda: [a @ b for _ in range(10)]) for _ in range(5)) / 10
-    return 2 * 4096 * 384 * 1536 / took
+from timing import matrix_rate, seconds
 
 
 def head_flops(network: InpNetwork, batch: int, grid: int) -> float:
@@ -102,7 +87,7 @@ def main() -> None:
             (seconds(lambda k=k: step(cached, 16 * k)), seconds(lambda k=k: step(fresh, 16 * k)))
             for k in range(options.rounds)
         ]
-    rate = matrix_rate()
+    rate = matrix_rate(4096, 384, 1536)
     floor = head_flops(model, options.batch, 16) / rate
     with_cache = statistics.median(t[0] for t in times)
     without = statistics.median(t[1] for t in times)

@@ -286,7 +286,7 @@ def test_maps_are_enlarged_corner_upon_corner() -> None:
     assert found.amax() < coarse.amax() + 1e-12 and found.amin() > coarse.amin() - 1e-12
     close(found[:, [0, 0, -1, -1], [0, -1, 0, -1]], coarse[:, [0, 0, -1, -1], [0, -1, 0, -1]])
     constant = torch.full((1, 1, 3, 4), 2.5)
-    close(onenip._resized(constant, (12, 16)), constant[:, :, :1, :1].expand(1, 1, 12, 16), 1e-6)
+    close(onenip.resized(constant, (12, 16)), constant[:, :, :1, :1].expand(1, 1, 12, 16), 1e-6)
 
 
 @torch.no_grad()

@@ -223,13 +223,12 @@ def defect_mask(mask: MaskSource, item: Item) -> BoolArray:
         name, marked = str(mask), read_mask(mask, item.size, item.name)
     if not marked.any():
         raise InputError(f"{name}: marks no pixel; mark the defect, or leave the mask out")
-    share = float(marked.mean())
-    if 0.5 < share < 1:
-        _log.warning("%s: marks %.0f %% of the image; is it inverted?", name, 100 * share)
     if marked.all():
         raise InputError(
             f"{name}: marks the whole image; mark the defect alone, or leave the mask out"
         )
+    if (share := float(marked.mean())) > 0.5:
+        _log.warning("%s: marks %.0f %% of the image; is it inverted?", name, 100 * share)
     return marked
 
 

@@ -29,16 +29,10 @@ class CategoryIndex:
             fresh = torch.cat([self._descriptors[category], fresh])
         self._descriptors[category] = fresh[:_REMEMBERED]
 
-    def lookup(self, features: Sequence[Tensor]) -> list[str] | list[None]:
+    def lookup(self, features: Sequence[Tensor]) -> list[str | None]:
         """Return the category of every image in a batch, None without any reference."""
-        queries = describe(features)
-        names = list(self._descriptors)
-        if not names:
-            return [None] * len(queries)
-        best = torch.stack(
-            [(queries @ self._descriptors[name].T).max(dim=1).values for name in names]
-        )  # (categories, B)
-        return [names[k] for k in best.argmax(dim=0).tolist()]
+        found = self.similarities(features)
+        return [max(each, key=lambda name: each[name]) if each else None for each in found]
 
     def similarities(self, features: Sequence[Tensor]) -> list[dict[str, float]]:
         """Return for each image of a batch its cosine to every category's nearest reference."""

@@ -162,7 +162,8 @@ def _work(
     began = time.perf_counter()
     keeper = run if fabric.is_global_zero else None
     batches = draw_batches(len(source), plan, seed, first)
-    with _interrupt_between_steps() as interrupted, _own_randomness(fabric.device):
+    gpus = range(torch.cuda.device_count())  # manual_seed reaches them all
+    with _interrupt_between_steps() as interrupted, torch.random.fork_rng(gpus):
         for step, numbers in enumerate(batches, start=first):
             torch.manual_seed(_step_seed(seed, step, fabric.global_rank))
             rate = options.rate(step, plan.steps)
@@ -234,13 +235,6 @@ def _interrupt_between_steps() -> Iterator[list[int]]:
         yield noticed
     finally:
         signal.signal(signal.SIGINT, former)
-
-
-@contextmanager
-def _own_randomness(device: torch.device) -> Iterator[None]:
-    """Leave torch's generators as they were before."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        yield
 
 
 def _step_seed(seed: int, step: int, process: int) -> int:

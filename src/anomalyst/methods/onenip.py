@@ -46,6 +46,7 @@ from anomalyst.methods.prompt_decoders import (
     PositionCode,
     QueryDecoder,
     neighbour_mask,
+    resized,
 )
 from anomalyst.methods.prompted import Prompted
 from anomalyst.methods.synthesis import Synthesizer
@@ -227,7 +228,7 @@ class OneNip(TrainedMethod):
         maps = [*known, *(features[0] for features in views)]
         shape = maps[0].shape[-2:]
         self._prompts[category] = _spread(
-            torch.cat([_resized(each, shape) for each in maps]), self.options.prompts
+            torch.cat([resized(each, shape) for each in maps]), self.options.prompts
         )
         self._encoded = {key: value for key, value in self._encoded.items() if key[0] != category}
 
@@ -236,7 +237,7 @@ class OneNip(TrainedMethod):
         if (category, grid) not in self._encoded:
             if len(self._encoded) >= _ENCODED:
                 self._encoded.clear()
-            prompts = _resized(self._prompts[category], grid)
+            prompts = resized(self._prompts[category], grid)
             self._encoded[category, grid] = self.network.encode(prompts)
         return self._encoded[category, grid]
 
@@ -246,12 +247,12 @@ class OneNip(TrainedMethod):
             raise unknown("category", category or "", self._prompts)
         maps = features[0]
         tokens = self._tokens(category, (maps.shape[-2], maps.shape[-1]))
-        if len(tokens) == 1 or self.options.choice == "nearest":
+        if len(tokens) > 1 and self.options.choice == "nearest":
             chosen = (describe([maps]) @ describe([self._prompts[category]]).T).argmax(1)
-            found = self.network.judge(maps, tokens[chosen])
+            prompts = [tokens[chosen]]
         else:
-            each = [self.network.judge(maps, one.expand(len(maps), -1, -1)) for one in tokens]
-            found = torch.stack(each).mean(0)
+            prompts = [one.expand(len(maps), -1, -1) for one in tokens]
+        found = torch.stack([self.network.judge(maps, each) for each in prompts]).mean(0)
         # Four values a patch are as fine as the refiner sees; at its centres, not at corners.
         size = (_SHOWN * maps.shape[-2], _SHOWN * maps.shape[-1])
         return functional.adaptive_avg_pool2d(found, size), image_score(found)
@@ -275,14 +276,7 @@ class OneNip(TrainedMethod):
 def join_levels(maps: Sequence[Tensor]) -> list[Tensor]:
     """Return the levels ``[B, C_i, h_i, w_i]`` joined on the coarsest grid, a list of one map."""
     grid = min((level.shape[-2:] for level in maps), key=tuple)
-    return [torch.cat([_resized(level, grid) for level in maps], dim=1)]
-
-
-def _resized(maps: Tensor, grid: Sequence[int]) -> Tensor:
-    """Return maps ``[B, C, h, w]`` on another grid, corners upon corners."""
-    if tuple(maps.shape[-2:]) == tuple(grid):
-        return maps
-    return functional.interpolate(maps, tuple(grid), mode="bilinear", align_corners=True)
+    return [torch.cat([resized(level, grid) for level in maps], dim=1)]
 
 
 def _spread(maps: Tensor, count: int) -> Tensor:
@@ -350,7 +344,10 @@ class OneNipNetwork(nn.Module):
 
     def encode(self, maps: Tensor) -> Tensor:
         """Return the encoder's tokens ``[B, L, d]`` of raw maps, of targets or prompts."""
-        return self._encode((maps - self.mean) / self.deviation)
+        return self._encode(self._standard(maps))
+
+    def _standard(self, maps: Tensor) -> Tensor:
+        return (maps - self.mean) / self.deviation
 
     def _encode(self, maps: Tensor) -> Tensor:
         grid = (maps.shape[-2], maps.shape[-1])
@@ -382,9 +379,8 @@ class OneNipNetwork(nn.Module):
         """
         clean, pseudo, masks, prompts = part
         paired = self.options.restoration or self.options.refiner
-        seen = torch.cat([clean, pseudo] if paired else [clean])
-        seen = (seen - self.mean) / self.deviation
-        prompt = (prompts - self.mean) / self.deviation
+        seen = self._standard(torch.cat([clean, pseudo] if paired else [clean]))
+        prompt = self._standard(prompts)
         grid = (clean.shape[-2], clean.shape[-1])
         if self.options.decoder == "query":
             prompt = prompt[:0]  # nobody reads it
@@ -414,15 +410,15 @@ class OneNipNetwork(nn.Module):
     def refine(self, error: Tensor) -> Tensor:
         """Return logits ``[B, H, W]`` at the input size of errors ``[B, C, h, w]``."""
         height, width = error.shape[-2] * self.stride, error.shape[-1] * self.stride
-        return _resized(self.refiner(error), (height, width))[:, 0]
+        return resized(self.refiner(error), (height, width))[:, 0]
 
     def maps(self, maps: Tensor, prompts: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return S_rec and S_ref ``[B, H, W]`` of raw maps and encoded prompts ``[B, L, d]``."""
-        seen = (maps - self.mean) / self.deviation
+        seen = self._standard(maps)
         grid = (maps.shape[-2], maps.shape[-1])
         error = seen - self._decode(self._encode(seen), prompts, grid)
         size = (grid[0] * self.stride, grid[1] * self.stride)
-        reconstruction = _resized(error.norm(dim=1, keepdim=True), size)[:, 0]
+        reconstruction = resized(error.norm(dim=1, keepdim=True), size)[:, 0]
         if not self.options.refiner:
             return reconstruction, None
         return reconstruction, self.refine(error.abs()).sigmoid()

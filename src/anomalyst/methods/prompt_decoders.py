@@ -7,6 +7,7 @@ queries and keys, layer norm follows each residual, and M is the neighbour mask.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -28,6 +29,13 @@ def neighbour_mask(grid: tuple[int, int]) -> Tensor | None:
     near_rows = (rows[:, None] - rows).abs() <= height // 2 // 2
     near_columns = (columns[:, None] - columns).abs() <= width // 2 // 2
     return near_rows & near_columns
+
+
+def resized(maps: Tensor, grid: Sequence[int]) -> Tensor:
+    """Return maps ``[B, C, h, w]`` on another grid, corners upon corners."""
+    if tuple(maps.shape[-2:]) == tuple(grid):
+        return maps
+    return functional.interpolate(maps, tuple(grid), mode="bilinear", align_corners=True)
 
 
 class PositionCode(nn.Module):
@@ -202,9 +210,7 @@ class QueryDecoder(nn.Module):
 
     def _queries(self, number: int, grid: tuple[int, int]) -> Tensor:
         assert self.queries is not None
-        table = self.queries[number : number + 1]
-        if table.shape[-2:] != grid:
-            table = functional.interpolate(table, grid, mode="bilinear", align_corners=True)
+        table = resized(self.queries[number : number + 1], grid)
         return table.flatten(2).transpose(1, 2)  # (1, d, h, w) -> (1, L, d)
 
 

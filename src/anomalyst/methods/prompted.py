@@ -11,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from anomalyst.errors import InputError
 from anomalyst.inference import Item, by_shape, read_item
+from anomalyst.methods.prompt_decoders import resized
 from anomalyst.methods.views import PLAIN
 from anomalyst.retrieval import describe
 
@@ -129,10 +129,7 @@ class Prompted:
             chosen = members[rng.integers(len(members))]
         else:
             chosen = self._nearest.get(number, members[0])
-        maps = self._maps(chosen)
-        if maps.shape[-2:] == grid:
-            return maps
-        return functional.interpolate(maps, tuple(grid), mode="bilinear", align_corners=True)
+        return resized(self._maps(chosen), grid)
 
     def _find_nearest(self) -> dict[int, int]:
         found: dict[int, int] = {}
