@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 # Tiny networks gain nothing from a second thread, and waiting for it costs on a busy machine.
@@ -18,6 +19,12 @@ Run = Callable[..., tuple[int, str, str]]
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 TINY = "timm:test_vit"
 DEEP = "timm:test_vit2"  # eight blocks, as some methods need
+CLIP = "open_clip:tiny-clip"
+TINY_CLIP = {
+    "embed_dim": 48,
+    "vision_cfg": {"image_size": 80, "patch_size": 16, "width": 64, "layers": 4, "head_width": 16},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 48, "heads": 3, "layers": 4},
+}
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -40,6 +47,23 @@ def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> str:
 def deep_weights(tmp_path_factory: pytest.TempPathFactory) -> str:
     """``file:PATH`` of seeded random weights for the backbone `DEEP`."""
     return _random_weights(DEEP, tmp_path_factory.mktemp("weights") / "deep.safetensors")
+
+
+@pytest.fixture(scope="session")
+def clip_weights(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """``file:PATH`` of seeded random weights for the backbone `CLIP`, which open_clip now knows."""
+    open_clip = pytest.importorskip("open_clip")
+    import torch
+    from safetensors.torch import save_file
+
+    folder = tmp_path_factory.mktemp("clip")
+    (folder / "tiny-clip.json").write_text(json.dumps(TINY_CLIP))
+    open_clip.add_model_config(folder / "tiny-clip.json")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = open_clip.CLIP(**TINY_CLIP)
+    save_file(model.state_dict(), str(folder / "tiny-clip.safetensors"))
+    return f"file:{folder / 'tiny-clip.safetensors'}"
 
 
 def _random_weights(backbone: str, path: Path) -> str:

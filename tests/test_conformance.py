@@ -14,12 +14,13 @@ from anomalyst.errors import InputError
 from anomalyst.features.cache import FeatureCache
 from anomalyst.methods import REGISTRY
 from anomalyst.types import Prediction, Sample
-from conftest import DEEP, blot, save, texture
+from conftest import CLIP, DEEP, blot, save, texture
 
 pytestmark = pytest.mark.parametrize("method", sorted(REGISTRY))
 GOOD = [texture(k) for k in range(4)]
 # What a method trains with here beside `make`'s own: what passes with room to spare, in no time.
 QUICK: dict[str, dict[str, Any]] = {
+    "anople": {"steps": 4, "batch_size": 2},
     "nagl": {"steps": 10, "normals": 2, "abnormals": 1},
     "onenip": {
         "steps": 6,
@@ -46,7 +47,12 @@ def no_socket(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def make(deep_weights: str, good_samples: list[Sample], bad_samples: list[Sample]) -> object:
+def make(
+    deep_weights: str,
+    clip_weights: str,
+    good_samples: list[Sample],
+    bad_samples: list[Sample],
+) -> object:
     """A detector that has taken its gradient steps, if its method takes any, and no references."""
 
     def build(method: str, **more: Any) -> Detector:
@@ -54,7 +60,9 @@ def make(deep_weights: str, good_samples: list[Sample], bad_samples: list[Sample
         if spec.trains_on is not None:
             usual = {"steps": 40, "warmup": 5, "batch_size": 4, **QUICK.get(method, {})}
             more["options"] = {**usual, **more.get("options", {})}
-        detector = Detector(method, backbone=DEEP, weights=deep_weights, image_size=96, **more)
+        clip = spec.backbone.startswith("clip")
+        backbone, weights = (CLIP, clip_weights) if clip else (DEEP, deep_weights)
+        detector = Detector(method, backbone=backbone, weights=weights, image_size=96, **more)
         if spec.trains_on is not None:
             detector.train(good_samples + (bad_samples if spec.abnormal_references else []))
         return detector

@@ -6,6 +6,7 @@ import hashlib
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,8 +42,7 @@ class Detector:
     method
         A registered name, see `anomalyst.methods`.
     backbone
-        A backbone id, see `anomalyst.backbones`; ``auto`` takes DINOv2-small from the local hub
-        cache, else the packaged one.
+        A backbone id, see `anomalyst.backbones`; ``auto`` is the method's own, or DINOv2-small.
     weights
         ``file:PATH`` to take the backbone's weights from a file.
     image_size
@@ -91,7 +91,7 @@ class Detector:
         feature_cache: FeatureCache | None = None,
     ) -> None:
         self.spec = find_method(method)
-        self.backbone_id = backbone
+        self.backbone_id = self.spec.backbone if backbone == "auto" else backbone
         self.weights = weights
         self.image_size = image_size
         self.square = square
@@ -162,16 +162,15 @@ class Detector:
             resize=self.resize,
         )
         layers = tuple(self.layers) if self.layers else method.default_layers(spec)
-
         from anomalyst.engine import Engine, pick_device
         from anomalyst.features.extractor import Backbone
 
         device = pick_device(self.device)
+        make = partial(method.make_tower, options)
         backbone = Backbone.load(
-            spec.id, layers, weights=self.weights, offline=self.offline, device=device
+            spec.id, layers, weights=self.weights, offline=self.offline, device=device, make=make
         )
-        condenser = method.condenser(options)
-        return Engine(backbone, preprocess, device, self.feature_cache, condenser)
+        return Engine(backbone, preprocess, device, self.feature_cache, method.condenser(options))
 
     def _learned(self) -> tuple[Method, CategoryIndex]:
         if self._learner is None:
@@ -180,6 +179,7 @@ class Detector:
             method, backbone = self.spec.load(), self.engine.backbone
             options = make_options(method, self.options)
             learner = method(options, backbone.spec, backbone.layers, self.seed)
+            learner.bind(backbone.tower)
             self._learner = (learner, CategoryIndex())
         return self._learner
 

@@ -75,7 +75,7 @@ def enroll(
         records += [record_of(item) for item in items]
         for positions in by_shape(items):
             same = [items[p] for p in positions]
-            found = [engine.features(same, view) for view in shown]
+            found = [detector.method.encode(engine.features(same, view)) for view in shown]
             plain.append(([item.name for item in same], found[0]))
             views.extend(found)
     good = {record.sha256 for record in (*known, *records)}

@@ -43,7 +43,7 @@ def _judge(
     detector: Detector, items: Sequence[Item], category: str | None, warned: set[str]
 ) -> list[Prediction]:
     """Judge good items of one shape."""
-    features = detector.engine.features(items)
+    features = detector.method.encode(detector.engine.features(items))
     names = _name_categories(detector, items, features, category)
     if detector.spec.needs_category:
         _warn_of_strangers(items, names, detector.index.similarities(features), warned)

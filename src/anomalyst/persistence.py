@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from anomalyst.engine import Engine, pick_device
 from anomalyst.errors import InputError
 from anomalyst.features.cache import FeatureCache
 from anomalyst.features.extractor import Backbone
-from anomalyst.methods.base import make_options
+from anomalyst.methods.base import find_method, make_options
 from anomalyst.scoring import Calibration, Decision
 
 
@@ -89,7 +90,11 @@ def load_detector(
         for part, named in arrays.items()
     }
     record = manifest.backbone
-    backbone = Backbone.from_state(record.id, record.layers, parts["backbone"]).to(target)
+    method = find_method(manifest.method).load()
+    chosen = make_options(method, {**manifest.options, **options})
+    backbone = Backbone.from_state(
+        record.id, record.layers, parts["backbone"], partial(method.make_tower, chosen)
+    ).to(target)
     if backbone.weights_sha256 != record.weights_sha256:
         raise InputError(
             f"{path}: the backbone's weights are not those that the bundle was made on"
@@ -109,8 +114,7 @@ def load_detector(
         offline=True,
         feature_cache=cache,
     )
-    method = detector.spec.load()
-    condenser = method.condenser(make_options(method, detector.options))
+    condenser = method.condenser(chosen)
     detector.restore(Engine(backbone, preprocess, target, cache, condenser), parts)
     detector.trained_on = manifest.trained_on
     detector.setting, detector.shots = manifest.setting, manifest.shots

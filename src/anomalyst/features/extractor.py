@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,11 @@ from torch import Tensor, nn
 from anomalyst.errors import InputError
 from anomalyst.features.backbones import BackboneSpec, find_backbone
 from anomalyst.features.libraries import make_tower
+from anomalyst.features.towers import Tower
 from anomalyst.features.weights import choose_tensors, read_weights, tensors_sha256
+
+MakeTower = Callable[[BackboneSpec, Sequence[int]], Tower]
+"""What builds the network of a record, without weights; ``make_tower`` gives its tapped layers."""
 
 
 class Backbone(nn.Module):
@@ -34,11 +38,12 @@ class Backbone(nn.Module):
         layers: Sequence[int],
         tensors: Mapping[str, Tensor],
         origin: str,
+        make: MakeTower = make_tower,
     ) -> None:
         super().__init__()
         self.spec = spec
         self.layers = spec.check_layers(layers)
-        self.tower = make_tower(spec, self.layers)
+        self.tower = make(spec, self.layers)
         self.tower.adopt(choose_tensors(spec, self.tower, tensors, origin))
         self._multiple = max(spec.strides[layer] for layer in self.layers)
         self.requires_grad_(False)
@@ -53,6 +58,7 @@ class Backbone(nn.Module):
         weights: str | None = None,
         offline: bool = False,
         device: str | torch.device = "cpu",
+        make: MakeTower = make_tower,
     ) -> Backbone:
         """Return a backbone with weights from the first source that has them.
 
@@ -66,6 +72,8 @@ class Backbone(nn.Module):
             ``file:PATH`` to take the weights from there.
         offline
             Forbid a download.
+        make
+            Builds the network, of a method that has its own.
 
         Raises
         ------
@@ -74,12 +82,18 @@ class Backbone(nn.Module):
         """
         spec = find_backbone(id)
         taps = spec.check_layers(spec.default_taps if layers is None else layers)
-        return cls(spec, taps, *read_weights(spec, weights, offline)).to(device)
+        return cls(spec, taps, *read_weights(spec, weights, offline), make).to(device)
 
     @classmethod
-    def from_state(cls, id: str, layers: Sequence[int], tensors: Mapping[str, Tensor]) -> Backbone:
+    def from_state(
+        cls,
+        id: str,
+        layers: Sequence[int],
+        tensors: Mapping[str, Tensor],
+        make: MakeTower = make_tower,
+    ) -> Backbone:
         """Return the backbone whose `state` this is; looks for no weights and needs no network."""
-        return cls(find_backbone(id), layers, tensors, f"saved state of {id}")
+        return cls(find_backbone(id), layers, tensors, f"saved state of {id}", make)
 
     @property
     def stride(self) -> int:
@@ -90,7 +104,8 @@ class Backbone(nn.Module):
     def identity(self) -> str:
         """What fixes the features beside the tensors: two networks may share their weights."""
         spec = self.spec
-        return f"{spec.library}:{spec.architecture} norm={spec.final_norm} layers={self.layers}"
+        taps = f"{spec.library}:{spec.architecture} norm={spec.final_norm} layers={self.layers}"
+        return f"{taps} {self.tower.name}".rstrip()
 
     @cached_property
     def weights_sha256(self) -> str:

@@ -13,8 +13,10 @@ import torch
 from torch import nn
 
 from anomalyst.errors import InputError
-from anomalyst.features.backbones import BackboneSpec
+from anomalyst.features.backbones import OPENAI_CLIP, BackboneSpec
 from anomalyst.features.towers import OpenClipTokens, StageTower, TimmTokens, Tower
+
+_NO_TAG: dict[str, Any] = {"mean": OPENAI_CLIP[0], "std": OPENAI_CLIP[1], "hf_hub": ""}
 
 
 def make_tower(spec: BackboneSpec, layers: Sequence[int]) -> Tower:
@@ -53,6 +55,43 @@ def _make_open_clip(name: str) -> Any:
         ).visual
 
     return _without_random_numbers(make)
+
+
+def make_clip(spec: BackboneSpec) -> tuple[Any, Any]:
+    """Return both towers of a CLIP, on the meta device, and its tokenizer.
+
+    Raises
+    ------
+    InputError
+        The backbone is no CLIP, or one of another build.
+    """
+    import open_clip
+
+    config = open_clip.get_model_config(spec.architecture) if spec.library == "open_clip" else None
+    if config is None or not _is_plain_clip(config):
+        raise InputError(
+            f"backbone {spec.id}: not a CLIP with plain image and text transformers; take "
+            "clip-vit-b-16-plus-240, clip-vit-l-14 or open_clip:NAME:TAG of that kind"
+        )
+    with torch.device("meta"):
+        model = open_clip.CLIP(
+            config["embed_dim"],
+            config["vision_cfg"],
+            config["text_cfg"],
+            quick_gelu=config.get("quick_gelu", False),
+        )
+    model.attn_mask = None  # no weight: whoever runs the text tower makes it
+    return model, open_clip.get_tokenizer(spec.architecture)
+
+
+def _is_plain_clip(config: dict[str, Any]) -> bool:
+    """Whether both towers are open_clip's own, an image is its CLS and a text its end token."""
+    vision, text = config["vision_cfg"], config["text_cfg"]
+    own = isinstance(vision.get("layers"), int) and "timm_model_name" not in vision
+    plain = vision.get("pool_type", "tok") == "tok" and not vision.get("attentional_pool")
+    words = "hf_model_name" not in text and "hf_tokenizer_name" not in text
+    ended = text.get("pool_type", "argmax") == "argmax" and not text.get("no_causal_mask")
+    return own and plain and words and ended and not config.get("custom_text")
 
 
 def _without_random_numbers(make: Callable[[], Any]) -> Any:
@@ -121,17 +160,23 @@ def describe_timm(id: str) -> BackboneSpec:
 
 
 def describe_open_clip(id: str) -> BackboneSpec:
-    """Return the record of ``open_clip:NAME:TAG`` from open_clip's own configuration."""
+    """Return the record of ``open_clip:NAME:TAG`` from open_clip's own configuration.
+
+    Without a TAG nobody's weights are meant: they come from a file.
+    """
     import open_clip
 
     name, _, tag = id.removeprefix("open_clip:").partition(":")
     models = open_clip.list_models()
     if name not in models:
         raise _unknown("open_clip", name, models)
-    known = open_clip.get_pretrained_cfg(name, tag)
+    known = open_clip.get_pretrained_cfg(name, tag) if tag else _NO_TAG
     if not known:
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name))
-        raise InputError(f"backbone {id!r}: give open_clip:{name}:TAG with TAG one of {tags}")
+        raise InputError(
+            f"backbone {id!r}: give open_clip:{name}:TAG with TAG one of {tags}; "
+            f"or open_clip:{name} and --weights file:PATH"
+        )
     if known.get("quick_gelu") and f"{name}-quickgelu" in models:
         name = f"{name}-quickgelu"
     vision = open_clip.get_model_config(name)["vision_cfg"]

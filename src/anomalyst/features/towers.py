@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ class Tower(nn.Module, ABC):
     layers
         Taps, in the order in which their maps are returned.
     """
+
+    name: ClassVar[str] = ""
+    """What the maps are, where they are not the layers' own: part of the feature cache's key."""
 
     def __init__(self, model: nn.Module, layers: Sequence[int]) -> None:
         super().__init__()

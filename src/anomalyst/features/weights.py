@@ -308,10 +308,16 @@ def add(path: str | Path, id: str | None = None) -> Path:
 
 
 def _whole(spec: BackboneSpec, tensors: Mapping[str, Tensor], origin: str) -> dict[str, Tensor]:
-    """Return the tensors that the architecture has up to its last tap, shapes checked."""
+    """Return the tensors that the architecture has up to its last tap, shapes checked.
+
+    Of a CLIP that comes with its text tower, both towers whole.
+    """
+    from anomalyst.features.clip import TEXT, ClipTower
     from anomalyst.features.libraries import make_tower
 
-    return choose_tensors(spec, make_tower(spec, (spec.taps - 1,)), tensors, origin)
+    last, both = (spec.taps - 1,), spec.library == "open_clip" and TEXT in tensors
+    tower = ClipTower(spec, last) if both else make_tower(spec, last)
+    return choose_tensors(spec, tower, tensors, origin)
 
 
 def choose_tensors(

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from anomalyst.features.backbones import BackboneSpec
+    from anomalyst.features.towers import Tower
     from anomalyst.methods.views import View
     from anomalyst.training import Source
     from anomalyst.training_data import TrainingFeatures
@@ -32,7 +33,8 @@ class MethodSpec:
     """One registry line: where the method lives and what it can do.
 
     ``trains_on`` is None for a method without gradient steps, else what those steps see.
-    ``generalist`` says that they see other products than are judged later.
+    ``generalist`` says that they see other products than are judged later. ``backbone`` is what
+    ``auto`` stands for.
     """
 
     name: str
@@ -46,6 +48,7 @@ class MethodSpec:
     needs_class_name: bool = False
     generalist: bool = False
     trains_on: str | None = None
+    backbone: str = "auto"
 
     def load(self) -> type[Method]:
         """Import the method's module and return its class."""
@@ -118,6 +121,26 @@ class Method(ABC):
     def default_layers(cls, backbone: BackboneSpec) -> tuple[int, ...]:
         """Return the layers to tap when the user names none."""
         return tuple(backbone.default_taps)
+
+    @classmethod
+    def make_tower(
+        cls, options: MethodOptions, backbone: BackboneSpec, layers: Sequence[int]
+    ) -> Tower:
+        """Return the frozen network, without weights, that gives the method its feature maps."""
+        from anomalyst.features.libraries import make_tower
+
+        return make_tower(backbone, layers)
+
+    def bind(self, tower: Tower) -> None:
+        """Take hold of the frozen network, of a method that runs more of it than `make_tower`'s."""
+
+    def encode(self, features: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return what enrolment, retrieval and `score` get to see of an image's feature maps.
+
+        Retrieval compares the last map. A method that passes each image through learned parts
+        before it knows the category does so here; by default the maps stay as they are.
+        """
+        return features
 
     @property
     def judges_unseen(self) -> bool:
@@ -273,7 +296,7 @@ def methods() -> list[dict[str, object]]:
     from anomalyst.methods import REGISTRY
 
     return [
-        {key: value for key, value in asdict(spec).items() if key != "home"}
+        {key: value for key, value in asdict(spec).items() if key not in ("home", "backbone")}
         for spec in REGISTRY.values()
     ]
 
