@@ -145,14 +145,13 @@ class Detector:
     @property
     def image_hashes(self) -> list[str]:
         """SHA-256 of every image that the detector was made or calibrated on."""
-        hashes = [r.sha256 for records in self.references.values() for r in records]
-        hashes += [r.sha256 for records in self.abnormal.values() for r in records]
-        hashes += [record.sha256 for record in self.trained_on]
+        known: list[Sequence[ReferenceRecord]] = [*self.references.values(), self.trained_on]
+        hashes = [r.sha256 for records in (*known, *self.abnormal.values()) for r in records]
         return hashes + [image for each in self.calibration.values() for image in each.images]
 
     def _make_engine(self) -> Engine:
         method, spec = self.spec.load(), find_backbone(self.backbone_id)
-        options = make_options(method, self.options)  # a slip there must not wait for the weights
+        options = make_options(method, self.options)  # a slip must not wait for the weights
         preprocess = Preprocess(
             image_size=spec.image_size if self.image_size is None else self.image_size,
             multiple=spec.stride,
@@ -177,8 +176,8 @@ class Detector:
             from anomalyst.retrieval import CategoryIndex
 
             method, backbone = self.spec.load(), self.engine.backbone
-            options = make_options(method, self.options)
-            learner = method(options, backbone.spec, backbone.layers, self.seed)
+            chosen = (make_options(method, self.options), backbone.spec, backbone.layers)
+            learner = method(*chosen, self.seed)
             learner.bind(backbone.tower)
             self._learner = (learner, CategoryIndex())
         return self._learner
@@ -225,12 +224,13 @@ class Detector:
         kept, held_out = self._split(data, calibration, shots)  # a slip must not wait for weights
         before = dict(vars(self))
         try:
-            _ = self.engine  # loading weights is no part of the time that the stages take
+            _ = self.engine  # loading weights is no part of the stages' time
             self._learner, self.references, self.calibration = None, {}, {}
             self.abnormal, self.trained_on, self.seconds = {}, [], {}
             unseen = self.method.judges_unseen
             if unseen:
                 kept, held_out = self._split(data, 0, shots)
+                self.setting = "zero-shot"
             names = () if unseen else tuple(dict.fromkeys(category_of(s) for s in kept))
             with self._scratch(training or TrainingSetup()):
                 if self.spec.trains_on is not None:

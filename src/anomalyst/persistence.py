@@ -116,6 +116,12 @@ def load_detector(
     )
     condenser = method.condenser(chosen)
     detector.restore(Engine(backbone, preprocess, target, cache, condenser), parts)
+    _recall(detector, manifest)
+    return detector
+
+
+def _recall(detector: Detector, manifest: Manifest) -> None:
+    """Give a detector what a manifest knows of its past."""
     detector.trained_on = manifest.trained_on
     detector.setting, detector.shots = manifest.setting, manifest.shots
     detector.seconds = manifest.seconds
@@ -127,4 +133,3 @@ def load_detector(
             detector.calibration[name] = Calibration.of(
                 known.calibration_scores, known.calibration_maxima, known.calibration_sha256
             )
-    return detector

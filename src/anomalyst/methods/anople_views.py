@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
@@ -23,6 +24,8 @@ from anomalyst.types import BoolArray, ByteArray
 if TYPE_CHECKING:
     from anomalyst.methods.synthesis import Synthesizer
     from anomalyst.training_data import TrainingFeatures
+
+_Pixel = TypeVar("_Pixel", np.uint8, np.bool_)
 
 VIEWS = 5
 _REMEMBERED = 256  # decoded images: at 480 x 480 about 180 MB
@@ -133,7 +136,7 @@ class Views:
         return torch.from_numpy(np.stack([self._plain.normalized(view) for view in views]))
 
 
-def quarters(large: ByteArray | BoolArray, whole: ByteArray | BoolArray) -> list[ByteArray]:
+def quarters(large: npt.NDArray[_Pixel], whole: npt.NDArray[_Pixel]) -> list[npt.NDArray[_Pixel]]:
     """Return the whole ``[h, w, ...]`` and the quadrants of ``large`` ``[2 h, 2 w, ...]``."""
     height, width = whole.shape[:2]
     return [
@@ -148,8 +151,8 @@ def quarters(large: ByteArray | BoolArray, whole: ByteArray | BoolArray) -> list
 def shrunk_mask(mask: BoolArray) -> BoolArray:
     """Return a mask ``[2 h, 2 w]`` at half its size, marked where any of the four pixels is."""
     height, width = mask.shape
-    halved: BoolArray = mask.reshape(height // 2, 2, width // 2, 2).any(axis=(1, 3))
-    return halved
+    # (2 h, 2 w) -> (h, 2, w, 2) -> (h, w)
+    return np.asarray(mask.reshape(height // 2, 2, width // 2, 2).any(axis=(1, 3)), dtype=bool)
 
 
 def noise_boxes(grid: tuple[int, int], rng: np.random.Generator) -> BoolArray:

@@ -132,7 +132,8 @@ class Method(ABC):
         return make_tower(backbone, layers)
 
     def bind(self, tower: Tower) -> None:
-        """Take hold of the frozen network, of a method that runs more of it than `make_tower`'s."""
+        """Take hold of the frozen network, of which some methods run more than its maps."""
+        self.tower = tower
 
     def encode(self, features: Sequence[Tensor]) -> Sequence[Tensor]:
         """Return what enrolment, retrieval and `score` get to see of an image's feature maps.
