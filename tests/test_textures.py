@@ -48,13 +48,6 @@ def test_a_texture_has_the_images_size_and_is_settled_by_the_generator(
     np.testing.assert_array_equal(image, before)
 
 
-def test_a_source_tells_its_name(tmp_path: Path) -> None:
-    flat(tmp_path, "a.png", (1, 2, 3))
-    paths = {"cup": [tmp_path / "a.png"]}
-    names = [*textures.SOURCES, str(tmp_path)]
-    assert [find_textures(name, paths).name for name in names] == names
-
-
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
@@ -87,7 +80,7 @@ def test_textures_come_from_other_categories(tmp_path: Path) -> None:
         "pot": [flat(tmp_path, "pot.png", green)],
         "lid": [flat(tmp_path, "lid.png", blue)],
     }
-    source, rng, image = FromImages("others", images), np.random.default_rng(0), noise((12, 9))
+    source, rng, image = FromImages(images), np.random.default_rng(0), noise((12, 9))
     drawn = {colour_of(source.draw(image, "cup", rng)) for _ in range(30)}
     assert drawn == {green, blue}
     assert {colour_of(source.draw(image, None, rng)) for _ in range(40)} == {red, green, blue}
@@ -96,7 +89,7 @@ def test_textures_come_from_other_categories(tmp_path: Path) -> None:
 def test_without_another_category_any_image_will_do(tmp_path: Path) -> None:
     colours = [(255, 0, 0), (0, 255, 0)]
     paths = [flat(tmp_path, f"{k}.png", colour) for k, colour in enumerate(colours)]
-    source, rng = FromImages("others", {"cup": paths}), np.random.default_rng(0)
+    source, rng = FromImages({"cup": paths}), np.random.default_rng(0)
     assert {colour_of(source.draw(noise((9, 9)), "cup", rng)) for _ in range(20)} == set(colours)
 
 

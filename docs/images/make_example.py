@@ -51,20 +51,27 @@ def write_cells(folder: Path) -> None:
 
 
 def judge(folder: Path) -> tuple[Detector, list[Prediction]]:
-    """Fit as the README does; return one typical good cell and three that were called NG.
-
-    Nothing is picked by eye: the good cell has the median score of the good test images, the others
-    lie at a quarter, a half and three quarters of the defective ones that are NG, by score.
-    """
+    """Fit as the README does; return one typical good cell and three that were called NG."""
     data = load_dataset(folder)
     detector = Detector("anomaly-dino", backbone="dinov2-small-packaged")
     detector.fit(data.train, calibration=0.5)
-    found = list(zip(data.test, detector.predict(data.test), strict=True))
+    return detector, typical(detector, data.test, (1, 2, 3))
+
+
+def typical(
+    detector: Detector, test: Sequence[Sample], quarters: Sequence[int]
+) -> list[Prediction]:
+    """Return a good cell and some that were called NG; nothing is picked by eye.
+
+    The good one has the median score of the good test images, the others lie at so many quarters
+    of the defective ones that are NG, by score.
+    """
+    found = list(zip(test, detector.predict(test), strict=True))
     print(Counter((sample.defect, prediction.verdict) for sample, prediction in found))
     good = by_score(found, "good")
     caught = [p for p in by_score(found, "defective") if p.verdict == "ng"]
-    chosen = [good[len(good) // 2], *(caught[len(caught) * k // 4] for k in (1, 2, 3))]
-    return detector, list(detector.predict([p.image for p in chosen], keep_pixels=True))
+    chosen = [good[len(good) // 2], *(caught[len(caught) * k // 4] for k in quarters)]
+    return list(detector.predict([p.image for p in chosen], keep_pixels=True))
 
 
 def by_score(found: Sequence[tuple[Sample, Prediction]], defect: str) -> list[Prediction]:

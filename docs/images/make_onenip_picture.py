@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from make_example import by_score, write_cells
+from make_example import typical, write_cells
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -34,12 +34,7 @@ def main() -> None:
         "onenip", backbone="dinov2-small-packaged", image_size=224, options=options, seed=1
     )
     detector.fit(data.train, calibration=0.5)
-    found = list(zip(data.test, detector.predict(data.test, keep_pixels=True), strict=True))
-    good = by_score(found, "good")
-    caught = [p for p in by_score(found, "defective") if p.verdict == "ng"]
-    print(len(caught), "of", sum(s.label == 1 for s in data.test), "defective cells are NG")
-    shown = [good[len(good) // 2], *(caught[len(caught) * k // 4] for k in (1, 3))]
-    draw(detector, shown, path)
+    draw(detector, typical(detector, data.test, (1, 3)), path)
 
 
 def draw(detector: Detector, shown: list[Prediction], path: Path) -> None:

@@ -20,6 +20,7 @@ _HOME = {
     "evaluate": "anomalyst.evaluation",
     "load_dataset": "anomalyst.data.layouts",
     "methods": "anomalyst.methods.base",
+    "preset": "anomalyst.methods.base",
 }
 __all__ = [
     "Dataset",
@@ -33,6 +34,7 @@ __all__ = [
     "evaluate",
     "load_dataset",
     "methods",
+    "preset",
 ]
 
 if TYPE_CHECKING:
@@ -41,7 +43,7 @@ if TYPE_CHECKING:
     from anomalyst.errors import InputError
     from anomalyst.evaluation import evaluate
     from anomalyst.features.backbones import backbones
-    from anomalyst.methods.base import methods
+    from anomalyst.methods.base import methods, preset
     from anomalyst.types import Prediction, References, Region, Sample
 
 

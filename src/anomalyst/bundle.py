@@ -131,7 +131,9 @@ def write_bundle(path: Path, manifest: Manifest, parts: Mapping[str, Arrays]) ->
     check_destination(path)
     blobs = {}
     for part, arrays in parts.items():
-        blob = tensors_to_bytes({key: np.asarray(value, order="C") for key, value in arrays.items()})
+        blob = tensors_to_bytes(
+            {key: np.asarray(value, order="C") for key, value in arrays.items()}
+        )
         digest = hashlib.sha256(blob).hexdigest()
         name = f"{part}-{digest[:12]}.safetensors"
         manifest.files[part], manifest.sha256[name] = name, digest

@@ -28,6 +28,7 @@ app = typer.Typer(
 )
 app.add_typer(weights_app, name="weights")
 
+_STOPPED = 130  # exit code of Ctrl-C
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Bundle = Annotated[Path, typer.Argument(help="Bundle: a folder or .zip that `fit` wrote.")]
 Data = Annotated[Path, typer.Argument(help="Data set folder; its layout is recognised.")]
@@ -441,6 +442,8 @@ def main() -> None:
         if debug:
             raise
         sys.exit(_explain(error))
+    if code == _STOPPED:
+        say("stopped")
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -457,9 +460,9 @@ def _nearest(error: Any) -> str:
 
 def _explain(error: Exception) -> int:
     """Print one line on an error and return the exit code."""
-    if type(error).__name__ == "Abort":  # Ctrl-C
+    if type(error).__name__ == "Abort":  # Ctrl-C, as older versions of typer tell it
         say("stopped")
-        return 130
+        return _STOPPED
     # typer raises click's errors, or those of a click of its own: what they share is this method.
     if hasattr(error, "format_message"):
         message = error.format_message()

@@ -9,9 +9,11 @@ import typer
 
 from anomalyst.console import progress, say, show_json, show_table
 
+SHIPPED = ", ".join(sorted(p.stem for p in (Path(__file__).parent / "benchmark/configs").glob("*")))
+
 
 def benchmark(
-    config: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped one.")],
+    config: Annotated[str, typer.Argument(help=f"A YAML file, or a shipped one: {SHIPPED}.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the results.")],
     data: Annotated[
         list[Path] | None, typer.Option(help="Training data, not the config's; repeatable.")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from anomalyst.console import say
 from anomalyst.errors import InputError
 from anomalyst.files import make_folder, replace_file
 
@@ -28,6 +29,13 @@ def pseudo_anomalies(
     image_size: Annotated[
         int, typer.Option(min=16, max=2048, help="Short side of the images in pixels.")
     ] = 224,
+    category: Annotated[
+        list[str] | None, typer.Option(help="Only this category; repeatable.")
+    ] = None,
+    layout: Annotated[
+        str | None,
+        typer.Option(help="Force the layout: mvtec, visa, btad, mpdd, realiad or folder."),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Fixes every choice.")] = 0,
 ) -> None:
     """Draw a sheet of the pseudo-anomalies that a training would see, to look at them first."""
@@ -37,14 +45,12 @@ def pseudo_anomalies(
 
     from anomalyst.data.layouts import load_dataset
     from anomalyst.methods.synthesis import Synthesizer, contact_sheet
-    from anomalyst.methods.textures import find_textures
+    from anomalyst.methods.textures import by_category, find_textures
 
     if output.suffix.lower() != ".png":
         raise InputError(f"{output}: the sheet is a PNG file; let its name end in .png")
-    samples = load_dataset(data).train
-    images: dict[str, list[Path]] = {}
-    for sample in samples:
-        images.setdefault(sample.category or "", []).append(sample.path)
+    samples = load_dataset(data, layout=layout, categories=category).train
+    images = by_category(samples)
     synthesizer = Synthesizer(recipe, find_textures(textures, images), foreground)
     make_folder(output.parent)
     rng, rows = np.random.default_rng(seed), []
@@ -56,9 +62,14 @@ def pseudo_anomalies(
         rows.append((image, synthesizer(image, rng, sample.category, source)))
     file = BytesIO()
     contact_sheet(rows, image_size).save(file, "png")
-    replace_file(output, file.getvalue())
+    try:
+        replace_file(output, file.getvalue())
+    except OSError as error:
+        raise InputError(f"{output}: cannot be written ({error.strerror}); name another") from None
     empty = sum(not made.mask.any() for _, made in rows)
     print(f"{output}: {count} pseudo-anomalies, {empty} came out empty")
+    if empty == count:
+        say("nothing shows on any image: try another --recipe, or leave --foreground out")
 
 
 def _resized(path: Path, short: int) -> ByteArray:

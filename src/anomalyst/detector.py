@@ -218,9 +218,7 @@ class Detector:
         progress
             Called with the stage, the images done and the images in all.
         """
-        require_learnable(self.spec, data)
-        if self.trains_apart and shots is not None:
-            raise InputError(f"{self.spec.name} learns from all source images: enroll shots later")
+        require_learnable(self.spec, data, shots)
         kept, held_out = self._split(data, calibration, shots)  # a slip must not wait for weights
         before = dict(vars(self))
         try:

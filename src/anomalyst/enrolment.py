@@ -34,8 +34,15 @@ def record_of(item: Item) -> ReferenceRecord:
     return ReferenceRecord(name=Path(item.name).name, sha256=item.sha256)
 
 
-def require_learnable(spec: MethodSpec, data: Sequence[Sample]) -> None:
-    """Raise unless there are images, and none that the method cannot learn from."""
+def require_learnable(spec: MethodSpec, data: Sequence[Sample], shots: int | None = None) -> None:
+    """Raise unless there are images, and none that the method cannot learn from, nor so few."""
+    if shots is not None and spec.generalist:
+        raise InputError(f"{spec.name} learns from all source images: enroll shots later")
+    if shots is not None and not spec.few_shot:
+        raise InputError(
+            f"{spec.name} cannot learn from {shots} image{'s' * (shots != 1)} a category; "
+            "`anomalyst methods` shows which can (few_shot)"
+        )
     if not data:
         raise InputError("no training images: the data set has no train/good images")
     for sample in data:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from anomalyst.errors import InputError
 from anomalyst.promises import require_held_out
 from anomalyst.training_setup import TrainingSetup
 from anomalyst.types import Progress
+
+_log = logging.getLogger(__name__)
 
 
 def fit_bundle(
@@ -44,6 +47,8 @@ def fit_bundle(
         As `load_together`, `Detector.fit` and `Detector.save`; or a level cannot be promised.
     """
     check_destination(output)
+    if output.exists() and (output.is_file() or any(output.iterdir())):
+        _log.warning("%s: the bundle there is replaced once this one is done", output)
     data = load_together(roots, layout=layout, categories=categories)
     samples = data.train
     if detector.trains_apart:

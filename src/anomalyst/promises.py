@@ -55,7 +55,8 @@ def describe(detector: Detector, categories: Iterable[str] | None = None) -> lis
                 f"calibrated on {count}: NG at {alpha:g} needs {normals_needed(alpha)}, "
                 f"the least here is --alpha {row['smallest_alpha']:.4f}"
             )
-        lines.append(f"{name}: {row['references']} references{_abnormal(row)}, {promise}")
+        known = f"{row['references']} reference{'s' * (row['references'] != 1)}"
+        lines.append(f"{name}: {known}{_abnormal(row)}, {promise}")
     return lines
 
 

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from anomalyst.errors import InputError, unknown
+from anomalyst.errors import InputError
 from anomalyst.methods.base import find_method
+from anomalyst.methods.base import preset as named_settings
 from anomalyst.scoring import Decision
 from anomalyst.training_setup import Precision, TrainingSetup
 
@@ -37,10 +38,7 @@ def detector_settings(
     if (steps or epochs) and find_method(method).trains_on is None:
         raise InputError(f"{method} takes no gradient steps: leave --steps and --epochs out")
     if preset is not None:
-        presets = find_method(method).load().presets
-        if preset not in presets:
-            raise unknown(f"preset of {method}", preset, presets)
-        chosen |= {**presets[preset], "options": dict(presets[preset].get("options", {}))}
+        chosen |= named_settings(method, preset)
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals:

@@ -188,6 +188,8 @@ def _work(
                 left = spent / (step + 1 - first) * (plan.steps - step - 1)
                 note = f"loss {found['loss']:.4f}, {_duration(left)} left"
                 progress("train", step + 1, plan.steps, note)
+        if keeper:  # what comes until the bundle is written may be stopped too
+            keeper.save(network, optimizer, plan.steps)
 
 
 def _work_apart(fabric: Fabric, work: partial[None], weights: Path) -> None:

@@ -68,9 +68,15 @@ class TrainingRun:
         Raises
         ------
         InputError
-            It cannot be made, or TensorBoard is asked for and not installed.
+            It cannot be made, holds an unfinished training that nobody asked to resume, or
+            TensorBoard is asked for and not installed.
         """
         make_folder(self.folder)
+        if self.checkpoint.exists() and not self.resume:
+            raise InputError(
+                f"{self.folder}: holds an unfinished training; go on with --resume, or remove this "
+                "folder to train anew"
+            )
         if self.tensorboard:
             _tensorboard()
         if self.resume and not self.checkpoint.exists():
@@ -94,7 +100,7 @@ class TrainingRun:
             if stored.get(key) != mine:
                 raise InputError(
                     f"{self.checkpoint}: made with other {key} ({_short(stored.get(key))}, now "
-                    f"{_short(mine)}); resume with the same, or train anew without --resume"
+                    f"{_short(mine)}); resume with the same, or remove the folder to train anew"
                 )
         step = int(said["step"])
         for name, parameter in network.named_parameters():
@@ -136,7 +142,7 @@ class TrainingRun:
         if at_once or time.monotonic() - self._saved_at >= self.seconds:
             self.save(network, optimizer, step)
         if at_once:
-            _log.warning("stopped; %s, go on with --resume", self.kept())
+            _log.warning("%s; go on with --resume", self.kept())
 
     def save(self, network: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Replace the checkpoint; a process killed meanwhile leaves the former one.
@@ -177,10 +183,11 @@ class TrainingRun:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise InputError(
-                f"{self.checkpoint}: not a whole checkpoint ({error}); train anew without --resume"
+                f"{self.checkpoint}: not a whole checkpoint ({error}); remove the folder to train "
+                "anew"
             ) from None
         if said.get("sha256") != _digest(tensors):
-            raise InputError(f"{self.checkpoint}: damaged; train anew without --resume")
+            raise InputError(f"{self.checkpoint}: damaged; remove the folder to train anew")
         return said, tensors
 
     def _cut_log(self, step: int) -> None:

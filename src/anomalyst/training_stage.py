@@ -36,6 +36,7 @@ def train_method(
     hardware = Hardware(engine.device, setup.devices, setup.precision)
     views = method.training_views(few_shot)
     Plan.of(method.options, len(samples) * len(views), setup.devices)  # a slip must not wait
+    method.require_trainable(samples)
     features = TrainingFeatures(engine, samples, views, progress)
     source = method.source(features)
     train(

@@ -194,7 +194,7 @@ def _open_file(path: str | Path, name: str) -> Iterator[BinaryIO]:
         raise InputError(f"{name}: {why}") from error
     if file is None:
         what = "is a folder" if os.path.isdir(path) else "is no regular file"
-        raise InputError(f"{name}: {what}; give an image file")
+        raise InputError(f"{name}: {what}; give image files, or a folder with some in it")
     with file:
         try:
             yield file

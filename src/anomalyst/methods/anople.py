@@ -28,7 +28,7 @@ score :math:`H(p, \max A_{mem})` (PromptAD's too). The paper's open question, ze
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -45,9 +45,10 @@ from anomalyst.methods.base import MethodOptions, TrainedMethod, TrainingOptions
 from anomalyst.methods.class_names import Names, class_name
 from anomalyst.methods.memory_bank import Banks, nearest_cosine, to_map, to_patches
 from anomalyst.methods.synthesis import Synthesizer
-from anomalyst.methods.textures import find_textures
+from anomalyst.methods.textures import by_category, find_textures
 from anomalyst.methods.views import PLAIN, View
 from anomalyst.training_data import TrainingFeatures
+from anomalyst.types import Sample
 
 _DECODED = 128  # channels inside the decoder
 _SEEN_SHARE = 5e-4  # of a view's pixels: a view with less of a pseudo-anomaly counts as normal
@@ -103,10 +104,6 @@ class AnoPleOptions(TrainingOptions):
     zero_shot: bool = Field(False, description="fit enrols nothing: judge by name alone")
     names: Names = Field({}, description="words for categories: CATEGORY:WORDS,CATEGORY:WORDS")
 
-    def optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        """Return plain AdamW."""
-        return torch.optim.AdamW(parameters, weight_decay=self.weight_decay)
-
 
 class AnoPle(TrainedMethod):
     """One model of many products; each is told by its name."""
@@ -151,17 +148,19 @@ class AnoPle(TrainedMethod):
     def training_views(self, few_shot: bool) -> Sequence[View]:
         return (PLAIN,)
 
+    def require_trainable(self, samples: Sequence[Sample]) -> None:
+        find_textures(self.options.textures, by_category(samples))
+        words = [class_name(name, self.options.names, self.name) for name in by_category(samples)]
+        self.network.tokenized(words)  # a name may be too long for CLIP
+
     def source(self, features: TrainingFeatures) -> Views:
         options = self.options
-        images: dict[str, list[Any]] = {}
-        for sample in features.samples:
-            images.setdefault(sample.category or "", []).append(sample.path)
-        synthesizer = Synthesizer(options.recipe, find_textures(options.textures, images))
+        textures = find_textures(options.textures, by_category(features.samples))
+        synthesizer = Synthesizer(options.recipe, textures)
         count = VIEWS if options.views == "all" else 1
         share = {"both": 0.5, "pixels": 1.0, "latent": 0.0}[options.pseudo]
         source = Views(features, synthesizer, count, share, self.seed)
         self.network.words = [class_name(c, options.names, self.name) for c in source.categories]
-        self.network.tokenized(self.network.words)  # a name too long must not wait
         return source
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:

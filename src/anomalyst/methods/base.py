@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from math import cos, pi
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from anomalyst.methods.views import View
     from anomalyst.training import Source
     from anomalyst.training_data import TrainingFeatures
+    from anomalyst.types import Sample
 
 
 @dataclass(frozen=True)
@@ -234,10 +235,15 @@ class TrainingOptions(MethodOptions):
         return low + (high - low) * (1 + cos(pi * (step - warmup) / (steps - warmup))) / 2
 
     def optimizer(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
-        """Return what takes the steps; its rate is set anew before each."""
-        from anomalyst.methods.stable_adamw import StableAdamW
+        """Return what takes the steps, plain AdamW; its rate is set anew before each."""
+        from torch.optim import AdamW
 
-        return StableAdamW(parameters, weight_decay=self.weight_decay)
+        return AdamW(parameters, weight_decay=self.weight_decay)
+
+
+def stepped(step: int, steps: int, *ends: float) -> float:
+    """Return the factor of a learning rate that falls to a tenth behind each share of the steps."""
+    return float(0.1 ** sum(step >= steps * end for end in ends))
 
 
 class TrainedMethod(Method):
@@ -250,6 +256,10 @@ class TrainedMethod(Method):
     options: TrainingOptions
     network: nn.Module
     trained = False
+
+    def require_trainable(self, samples: Sequence[Sample]) -> None:
+        """Raise what `source` would, as far as it can be told before any feature is computed."""
+        return
 
     def source(self, features: TrainingFeatures) -> Source:
         """Return what the steps see; by default the feature maps of the training images."""
@@ -302,8 +312,27 @@ def methods() -> list[dict[str, object]]:
     ]
 
 
+def preset(method: str, name: str) -> dict[str, Any]:
+    """Return a method's named settings: keyword arguments of a `Detector`.
+
+    >>> preset("onenip", "fast")["image_size"]
+    224
+
+    Raises
+    ------
+    InputError
+        There is no such method or preset; the nearest that is gets named.
+    """
+    presets = find_method(method).load().presets
+    if name not in presets:
+        raise unknown(f"preset of {method}", name, presets)
+    return {**presets[name], "options": dict(presets[name].get("options", {}))}
+
+
 def make_options(method: type[Method], given: Mapping[str, Any]) -> MethodOptions:
     """Return the method's options with ``given`` ones set; strings are read as the option's type.
+
+    ``none`` stands for None where the option may be that.
 
     Raises
     ------
@@ -313,11 +342,17 @@ def make_options(method: type[Method], given: Mapping[str, Any]) -> MethodOption
     for key in given:
         if key not in method.Options.model_fields:
             raise unknown(f"option of {method.name}", key, method.Options.model_fields)
+    fields = method.Options.model_fields
+    values = {key: _typed(value, fields[key].annotation) for key, value in given.items()}
     try:
-        return method.Options.model_validate(dict(given))
+        return method.Options.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         raise InputError(
             f"option {key}={first['input']!r} of {method.name}: {first['msg']}"
         ) from None
+
+
+def _typed(value: Any, annotation: Any) -> Any:
+    return None if value == "none" and type(None) in get_args(annotation) else value

@@ -26,7 +26,7 @@ beside the image's own, against defects that resemble normal parts of the image.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -41,6 +41,7 @@ from anomalyst.methods.base import Condenser, MethodOptions, TrainedMethod, Trai
 from anomalyst.methods.coreset import thin_out
 from anomalyst.methods.losses import average_over_processes
 from anomalyst.methods.memory_bank import Banks, nearest_cosine
+from anomalyst.methods.stable_adamw import StableAdamW
 from anomalyst.methods.views import PLAIN, View, variants
 
 _TAPS = 8
@@ -78,6 +79,10 @@ class InpFormerOptions(TrainingOptions):
     augment: Literal["few-shot", "always", "never"] = Field(
         "few-shot", description="when each image is trained on in 22 fixed variants"
     )
+
+    def optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        """Return the official code's optimiser."""
+        return StableAdamW(parameters, weight_decay=self.weight_decay)
 
 
 class InpFormer(TrainedMethod):

@@ -32,7 +32,7 @@ mend what the sheet of the method and our measurements found wrong with the rest
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import ceil, log, sqrt
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -43,7 +43,13 @@ from torch.nn import functional
 
 from anomalyst.errors import InputError, unknown
 from anomalyst.features.backbones import BackboneSpec
-from anomalyst.methods.base import AbnormalReference, MethodOptions, TrainedMethod, TrainingOptions
+from anomalyst.methods.base import (
+    AbnormalReference,
+    MethodOptions,
+    TrainedMethod,
+    TrainingOptions,
+    stepped,
+)
 from anomalyst.methods.episodes import Draw, Episode, Episodes
 from anomalyst.methods.memory_bank import (
     nearest_cosine,
@@ -122,13 +128,7 @@ class NaglOptions(TrainingOptions):
         """Return the learning rate of a step, by the schedule chosen."""
         if self.schedule == "cosine":
             return super().rate(step, steps)
-        return self.learning_rate * (
-            1.0 if step < steps / 2 else 0.1 if step < steps * 0.75 else 0.01
-        )
-
-    def optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        """Return plain AdamW."""
-        return torch.optim.AdamW(parameters, weight_decay=self.weight_decay)
+        return self.learning_rate * stepped(step, steps, 0.5, 0.75)
 
 
 _PAPER: Mapping[str, Any] = {

@@ -26,8 +26,7 @@ leaves the transformer alone (``detach``).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -37,7 +36,13 @@ from torch.nn import functional
 
 from anomalyst.errors import InputError, unknown
 from anomalyst.features.backbones import BackboneSpec
-from anomalyst.methods.base import Condenser, MethodOptions, TrainedMethod, TrainingOptions
+from anomalyst.methods.base import (
+    Condenser,
+    MethodOptions,
+    TrainedMethod,
+    TrainingOptions,
+    stepped,
+)
 from anomalyst.methods.onenip_losses import segmentation_loss
 from anomalyst.methods.prompt_decoders import (
     BidirectionalDecoder,
@@ -50,10 +55,11 @@ from anomalyst.methods.prompt_decoders import (
 )
 from anomalyst.methods.prompted import Prompted
 from anomalyst.methods.synthesis import Synthesizer
-from anomalyst.methods.textures import find_textures
+from anomalyst.methods.textures import by_category, find_textures
 from anomalyst.methods.views import PLAIN, View
 from anomalyst.retrieval import describe
 from anomalyst.training_data import TrainingFeatures
+from anomalyst.types import Sample
 
 _POOL = 16  # side in pixels of the window that the image score means
 _SCALED_ON = 64  # images that the fusion scale is taken of
@@ -116,11 +122,7 @@ class OneNipOptions(TrainingOptions):
         """Return the learning rate of a step, by the schedule chosen."""
         if self.schedule == "cosine":
             return super().rate(step, steps)
-        return self.learning_rate * (1.0 if step < steps * 0.8 else 0.1)
-
-    def optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        """Return plain AdamW."""
-        return torch.optim.AdamW(parameters, weight_decay=self.weight_decay)
+        return self.learning_rate * stepped(step, steps, 0.8)
 
 
 class OneNip(TrainedMethod):
@@ -191,15 +193,19 @@ class OneNip(TrainedMethod):
     def training_views(self, few_shot: bool) -> Sequence[View]:
         return (PLAIN,)
 
+    def require_trainable(self, samples: Sequence[Sample]) -> None:
+        self._synthesizer(samples)
+
+    def _synthesizer(self, samples: Sequence[Sample]) -> Synthesizer | None:
+        options = self.options
+        if not (options.restoration or options.refiner):
+            return None
+        textures = find_textures(options.textures, by_category(samples))
+        return Synthesizer(options.recipe, textures, options.foreground)
+
     def source(self, features: TrainingFeatures) -> Prompted:
         options = self.options
-        images: dict[str, list[Path]] = {}
-        for sample in features.samples:
-            images.setdefault(sample.category or "", []).append(sample.path)
-        synthesizer = None
-        if options.restoration or options.refiner:
-            textures = find_textures(options.textures, images)
-            synthesizer = Synthesizer(options.recipe, textures, options.foreground)
+        synthesizer = self._synthesizer(features.samples)
         source = Prompted(features, synthesizer, options.pool, options.draw, self.seed)
         source.require_visible()
         if options.standardize:

@@ -78,12 +78,6 @@ class Synthesizer:
         if self.recipe not in RECIPES:
             raise unknown("recipe of pseudo-anomalies", self.recipe, RECIPES)
 
-    @property
-    def name(self) -> str:
-        """Recipe, textures and foreground: what results depend on beside image and generator."""
-        where = "object" if self.foreground else "image"
-        return f"{self.recipe} on the {where}, textures {self.textures.name}"
-
     def __call__(
         self,
         image: ByteArray,

@@ -3,12 +3,12 @@
 `augment` is DRAEM's list (Zavrtanik et al., ICCV 2021) as OneNIP has it (Gao, ECCV 2024). DRAEM
 takes textures from the photographs of DTD. Three sources stand in for them: drawn textures,
 MemSeg's shuffled image (Yang et al., EAAI 2023), and other images (NSA, Schlueter et al., ECCV
-2022). Numbers measured with one source say little about another: record `Textures.name`.
+2022). Numbers measured with one source say little about another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,7 +20,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from anomalyst.data.images import list_images, read_image
 from anomalyst.errors import InputError, unknown
 from anomalyst.methods.perlin import Noise, perlin_noise
-from anomalyst.types import ByteArray
+from anomalyst.types import ByteArray, Sample
 
 SOURCES = ("procedural", "shuffled", "others")
 _GRID = 8  # cells an axis that `Shuffled` permutes
@@ -29,14 +29,18 @@ _DECODED = 32  # images that are kept ready
 
 
 class Textures(Protocol):
-    """A source of textures; ``name`` tells it from every other."""
-
-    @property
-    def name(self) -> str:
-        """What a record of a training calls the source."""
+    """A source of textures."""
 
     def draw(self, image: ByteArray, category: str | None, rng: np.random.Generator) -> ByteArray:
         """Return a texture for an image, uint8 ``[H, W, 3]`` at the image's size."""
+
+
+def by_category(samples: Iterable[Sample]) -> dict[str, list[Path]]:
+    """Return the image files of each category."""
+    images: dict[str, list[Path]] = {}
+    for sample in samples:
+        images.setdefault(sample.category or "", []).append(sample.path)
+    return images
 
 
 def find_textures(name: str, images: Mapping[str, Sequence[Path]]) -> Textures:
@@ -62,12 +66,12 @@ def find_textures(name: str, images: Mapping[str, Sequence[Path]]) -> Textures:
                 "textures of others: there are no images to take them from; "
                 "take procedural, shuffled or a folder of textures"
             )
-        return FromImages(name, images)
+        return FromImages(images)
     folder = Path(name).expanduser()
     if not folder.is_dir():
         raise unknown("source or folder of textures", name, SOURCES)
     try:
-        return FromImages(name, {"": list_images(folder, recursive=True)})
+        return FromImages({"": list_images(folder, recursive=True)})
     except InputError as error:
         raise InputError(
             f"textures: {error}; give another folder, or procedural, shuffled or others"
@@ -165,8 +169,6 @@ _CHANGES: tuple[_Change, ...] = (
 class Procedural:
     """Drawn textures: clouds, stripes, a checkerboard, Voronoi cells or one flat colour."""
 
-    name = "procedural"
-
     def draw(self, image: ByteArray, category: str | None, rng: np.random.Generator) -> ByteArray:
         """Return a texture of a random family; neither image nor category has a say in it."""
         family = _FAMILIES[rng.integers(len(_FAMILIES))]
@@ -178,8 +180,6 @@ _Places = npt.NDArray[np.int_]
 
 class Shuffled:
     """MemSeg's "structure": the image itself, augmented, its 8 x 8 cells in random order."""
-
-    name = "shuffled"
 
     def draw(self, image: ByteArray, category: str | None, rng: np.random.Generator) -> ByteArray:
         """Return the image's own cells, each from a random place, unturned."""
@@ -207,14 +207,11 @@ class FromImages:
 
     Parameters
     ----------
-    name
-        What records call it.
     images
         Category -> image files.
     """
 
-    def __init__(self, name: str, images: Mapping[str, Sequence[Path]]) -> None:
-        self.name = name
+    def __init__(self, images: Mapping[str, Sequence[Path]]) -> None:
         self._pairs = [(category, path) for category in images for path in images[category]]
 
     def draw(self, image: ByteArray, category: str | None, rng: np.random.Generator) -> ByteArray:
