@@ -12,6 +12,31 @@ from typing import Annotated, Any
 import typer
 
 from anomalyst.cli_benchmark import benchmark
+from anomalyst.cli_options import (
+    Alpha,
+    AlphaReview,
+    Bundle,
+    CacheFolder,
+    CalibrationShare,
+    Categories,
+    Data,
+    Device,
+    Devices,
+    Epochs,
+    ImageSize,
+    Json,
+    Layout,
+    Preset,
+    Resume,
+    Seed,
+    Settings,
+    Shots,
+    Steps,
+    TensorBoard,
+    Training,
+    TrainingPrecision,
+    Weights,
+)
 from anomalyst.cli_synthesis import pseudo_anomalies
 from anomalyst.cli_weights import weights_app
 from anomalyst.console import progress, say, show_json, show_metrics, show_table
@@ -29,62 +54,6 @@ app = typer.Typer(
 app.add_typer(weights_app, name="weights")
 
 _STOPPED = 130  # exit code of Ctrl-C
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
-Bundle = Annotated[Path, typer.Argument(help="Bundle: a folder or .zip that `fit` wrote.")]
-Data = Annotated[Path, typer.Argument(help="Data set folder; its layout is recognised.")]
-Categories = Annotated[
-    list[str] | None, typer.Option("--category", help="Only this category; repeatable.")
-]
-Layout = Annotated[
-    str | None,
-    typer.Option(help="Force the layout: mvtec, visa, btad, mpdd, realiad or folder."),
-]
-Alpha = Annotated[
-    float | None,
-    typer.Option(help="Share of good parts that may be called NG (default: the bundle's, 0.01)."),
-]
-AlphaReview = Annotated[
-    float | None,
-    typer.Option(help="Share of good parts that may be sent to review or NG (default: 0.05)."),
-]
-Training = Annotated[
-    list[Path], typer.Argument(help="Data set folder, or several to learn together.")
-]
-Epochs = Annotated[
-    int | None, typer.Option(min=1, help="Passes over the images (default: the method's).")
-]
-Steps = Annotated[int | None, typer.Option(min=1, help="Training steps, instead of epochs.")]
-Resume = Annotated[
-    bool, typer.Option("--resume", help="Go on from the checkpoint of a stopped training.")
-]
-TensorBoard = Annotated[
-    bool, typer.Option("--tensorboard", help="Write TensorBoard events while training.")
-]
-Devices = Annotated[
-    int, typer.Option(min=1, help="GPUs (or processes, on the CPU) that share the training.")
-]
-TrainingPrecision = Annotated[
-    str, typer.Option(help="Of the training: 32-true, or bf16-mixed where it is quicker.")
-]
-Shots = Annotated[int | None, typer.Option(min=1, help="References a category (default: all).")]
-Weights = Annotated[str | None, typer.Option(help="file:PATH of the backbone weights.")]
-ImageSize = Annotated[
-    int | None, typer.Option(min=1, help="Short side in pixels (default: the backbone's).")
-]
-Preset = Annotated[str | None, typer.Option(help="A method's named settings, such as paper.")]
-Settings = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="A method's option; repeatable."),
-]
-CalibrationShare = Annotated[
-    float, typer.Option(min=0, max=0.9, help="Share of good images held out to calibrate.")
-]
-Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Fixes every random choice.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-CacheFolder = Annotated[
-    Path | None,
-    typer.Option("--feature-cache", help="Keep frozen features here, for repeated runs."),
-]
 
 
 @app.command()

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from anomalyst.cli_options import Device, Json
 from anomalyst.console import progress, say, show_json, show_table
 
 SHIPPED = ", ".join(sorted(p.stem for p in (Path(__file__).parent / "benchmark/configs").glob("*")))
@@ -24,12 +25,12 @@ def benchmark(
     steps: Annotated[
         int | None, typer.Option(min=1, help="Training steps, not the config's.")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: Device = "auto",
     feature_cache: Annotated[
         Path | None, typer.Option(help="Keep frozen features here (default: OUTPUT/features).")
     ] = None,
     offline: Annotated[bool, typer.Option("--offline", help="Forbid downloads.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Measure methods and variants over seeds and categories: results.csv and results.md."""
     from anomalyst.benchmark.config import load_config

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from anomalyst.cli_options import Categories, Data, Layout, Seed
 from anomalyst.console import say
 from anomalyst.errors import InputError
 from anomalyst.files import make_folder, replace_file
 
 if TYPE_CHECKING:
+    from PIL.Image import Image as Picture
+
     from anomalyst.types import ByteArray
 
 
 def pseudo_anomalies(
-    data: Annotated[Path, typer.Argument(help="Data set folder; its layout is recognised.")],
+    data: Data,
     output: Annotated[Path, typer.Option("-o", "--output", help="The picture, a .png.")],
     recipe: Annotated[str, typer.Option(help="hybrid, cutpaste, perlin or nsa.")] = "hybrid",
     textures: Annotated[
@@ -29,18 +33,11 @@ def pseudo_anomalies(
     image_size: Annotated[
         int, typer.Option(min=16, max=2048, help="Short side of the images in pixels.")
     ] = 224,
-    category: Annotated[
-        list[str] | None, typer.Option(help="Only this category; repeatable.")
-    ] = None,
-    layout: Annotated[
-        str | None,
-        typer.Option(help="Force the layout: mvtec, visa, btad, mpdd, realiad or folder."),
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Fixes every choice.")] = 0,
+    category: Categories = None,
+    layout: Layout = None,
+    seed: Seed = 0,
 ) -> None:
     """Draw a sheet of the pseudo-anomalies that a training would see, to look at them first."""
-    from io import BytesIO
-
     import numpy as np
 
     from anomalyst.data.layouts import load_dataset
@@ -60,16 +57,20 @@ def pseudo_anomalies(
         source = _resized(other, image_size) if recipe == "nsa" and len(alike) > 1 else None
         image = _resized(sample.path, image_size)
         rows.append((image, synthesizer(image, rng, sample.category, source)))
-    file = BytesIO()
-    contact_sheet(rows, image_size).save(file, "png")
-    try:
-        replace_file(output, file.getvalue())
-    except OSError as error:
-        raise InputError(f"{output}: cannot be written ({error.strerror}); name another") from None
+    _write(contact_sheet(rows, image_size), output)
     empty = sum(not made.mask.any() for _, made in rows)
     print(f"{output}: {count} pseudo-anomalies, {empty} came out empty")
     if empty == count:
         say("nothing shows on any image: try another --recipe, or leave --foreground out")
+
+
+def _write(sheet: Picture, output: Path) -> None:
+    file = BytesIO()
+    sheet.save(file, "png")
+    try:
+        replace_file(output, file.getvalue())
+    except OSError as error:
+        raise InputError(f"{output}: cannot be written ({error.strerror}); name another") from None
 
 
 def _resized(path: Path, short: int) -> ByteArray:

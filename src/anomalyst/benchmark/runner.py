@@ -114,7 +114,7 @@ def _measure(
     if cell.setting == "zero-shot" and not detector.method.judges_unseen:
         raise InputError(
             f"{cell.method} with these options judges only what it was trained on: zero-shot needs "
-            "others, of inp-former the option score: prototypes"
+            "others, of inp-former the option score: prototypes, else zero_shot: true"
         )
     detector.fit(
         cell.train.train, shots=cell.shots, calibration=0, training=setup, progress=progress
