@@ -351,7 +351,9 @@ def test_a_damaged_checkpoint_is_refused(tmp_path: Path, damage: str) -> None:
     else:
         content[-3] ^= 255
     run.checkpoint.write_bytes(content)
-    with pytest.raises(InputError, match=r"checkpoint\.safetensors: .*remove the folder to train anew"):
+    with pytest.raises(
+        InputError, match=r"checkpoint\.safetensors: .*remove the folder to train anew"
+    ):
         trained(run=TrainingRun(tmp_path, resume=True))
 
 

@@ -7,7 +7,7 @@ weights never change, but gradients pass through them to whatever is put in from
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -125,6 +125,15 @@ class ClipText:
         return int(self._model.positional_embedding.shape[0])
 
     @property
+    def room(self) -> int:
+        """Tokens that a text itself may have."""
+        return self.context - 2  # start and end
+
+    def count(self, text: str) -> int:
+        """Return how many tokens a text has, start and end left out."""
+        return len(self._tokenizer.encode(text))
+
+    @property
     def width(self) -> int:
         """Channels of a token."""
         return int(self._model.positional_embedding.shape[1])
@@ -142,12 +151,11 @@ class ClipText:
         InputError
             A text has more tokens than the context holds; it says how many.
         """
-        room = self.context - 2  # start and end
         for text in texts:
-            count = len(self._tokenizer.encode(text))
-            if count > room:
+            count = self.count(text)
+            if count > self.room:
                 raise InputError(
-                    f"text {text!r} has {count} tokens, CLIP reads {room} at most: shorten it"
+                    f"text {text!r} has {count} tokens, CLIP reads {self.room} at most: shorten it"
                 )
         ids: Tensor = self._tokenizer(list(texts), context_length=self.context)
         return ids.to(self._model.positional_embedding.device)
@@ -188,9 +196,13 @@ class ClipText:
         projected = projection(last) if isinstance(projection, nn.Module) else last @ projection
         return projected, tokens
 
-    @torch.no_grad()
-    def features(self, texts: Sequence[str], batch: int = 64) -> Tensor:
+    def features(self, texts: Sequence[str]) -> Tensor:
         """Return one unit vector ``[N, D]`` a sentence; each is computed once."""
+        return functional.normalize(self.vectors(texts), dim=1)
+
+    @torch.no_grad()
+    def vectors(self, texts: Sequence[str], batch: int = 64) -> Tensor:
+        """Return one vector ``[N, D]`` a sentence, as long as it comes; each is computed once."""
         unknown = [text for text in dict.fromkeys(texts) if text not in self._cached]
         for first in range(0, len(unknown), batch):
             part = unknown[first : first + batch]
@@ -198,7 +210,7 @@ class ClipText:
             ends = ids.argmax(1)  # the end token has the highest number
             ids = ids[:, : int(ends.max()) + 1]
             found, _ = self.encode(self.embed(ids), ends)
-            self._cached |= zip(part, functional.normalize(found, dim=1), strict=True)
+            self._cached |= zip(part, found, strict=True)
         return torch.stack([self._cached[text] for text in texts])
 
 
@@ -214,7 +226,7 @@ class ClipTower(Tower):
         The text tower.
     """
 
-    name: ClassVar[str] = "pixels"
+    name = "pixels"
 
     def __init__(self, spec: BackboneSpec, layers: Sequence[int]) -> None:
         model, tokenizer = make_clip(spec)
@@ -256,3 +268,20 @@ class ClipTower(Tower):
         if TEXT not in tensors:
             raise ValueError("the text tower is missing; a whole CLIP is needed here")
         return tensors
+
+
+class AroundClip(nn.Module):
+    """A network around a frozen CLIP, which moves with it but is no part of its weights."""
+
+    def __init__(self, tower: ClipTower) -> None:
+        super().__init__()
+        self._frozen = (tower,)  # in a tuple, so that it is neither trained nor saved
+
+    @property
+    def clip(self) -> ClipTower:
+        """The frozen towers."""
+        return self._frozen[0]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        self.clip._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

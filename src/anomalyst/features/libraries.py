@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -67,12 +68,12 @@ def make_clip(spec: BackboneSpec) -> tuple[Any, Any]:
     """
     import open_clip
 
-    config = open_clip.get_model_config(spec.architecture) if spec.library == "open_clip" else None
-    if config is None or not _is_plain_clip(config):
+    if not is_plain_clip(spec):
         raise InputError(
             f"backbone {spec.id}: not a CLIP with plain image and text transformers; take "
             "clip-vit-b-16-plus-240, clip-vit-l-14 or open_clip:NAME:TAG of that kind"
         )
+    config = open_clip.get_model_config(spec.architecture)
     with torch.device("meta"):
         model = open_clip.CLIP(
             config["embed_dim"],
@@ -81,11 +82,23 @@ def make_clip(spec: BackboneSpec) -> tuple[Any, Any]:
             quick_gelu=config.get("quick_gelu", False),
         )
     model.attn_mask = None  # no weight: whoever runs the text tower makes it
-    return model, open_clip.get_tokenizer(spec.architecture)
+    return model, _tokenizer(spec.architecture)
 
 
-def _is_plain_clip(config: dict[str, Any]) -> bool:
+@lru_cache(maxsize=4)
+def _tokenizer(architecture: str) -> Any:
+    import open_clip
+
+    return open_clip.get_tokenizer(architecture)
+
+
+def is_plain_clip(spec: BackboneSpec) -> bool:
     """Whether both towers are open_clip's own, an image is its CLS and a text its end token."""
+    if spec.library != "open_clip":
+        return False
+    import open_clip
+
+    config = open_clip.get_model_config(spec.architecture)
     vision, text = config["vision_cfg"], config["text_cfg"]
     own = isinstance(vision.get("layers"), int) and "timm_model_name" not in vision
     plain = vision.get("pool_type", "tok") == "tok" and not vision.get("attentional_pool")

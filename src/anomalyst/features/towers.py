@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ class Tower(nn.Module, ABC):
         Taps, in the order in which their maps are returned.
     """
 
-    name: ClassVar[str] = ""
+    name: str = ""
     """What the maps are, where they are not the layers' own: part of the feature cache's key."""
 
     def __init__(self, model: nn.Module, layers: Sequence[int]) -> None:

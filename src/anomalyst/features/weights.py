@@ -313,9 +313,9 @@ def _whole(spec: BackboneSpec, tensors: Mapping[str, Tensor], origin: str) -> di
     Of a CLIP that comes with its text tower, both towers whole.
     """
     from anomalyst.features.clip import TEXT, ClipTower
-    from anomalyst.features.libraries import make_tower
+    from anomalyst.features.libraries import is_plain_clip, make_tower
 
-    last, both = (spec.taps - 1,), spec.library == "open_clip" and TEXT in tensors
+    last, both = (spec.taps - 1,), TEXT in tensors and is_plain_clip(spec)
     tower = ClipTower(spec, last) if both else make_tower(spec, last)
     return choose_tensors(spec, tower, tensors, origin)
 
@@ -332,6 +332,8 @@ def choose_tensors(
     """
     try:
         return tower.choose(tensors)
+    except InputError:
+        raise
     except ValueError as error:
         said = _header(Path(origin)).get("id", spec.id)
         mend = f"give weights of {spec.architecture}"

@@ -36,8 +36,9 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
+from anomalyst.errors import InputError
 from anomalyst.features.backbones import BackboneSpec
-from anomalyst.features.clip import ClipTower, overwrite, patch_map, run_blocks
+from anomalyst.features.clip import AroundClip, ClipTower, overwrite, patch_map, run_blocks
 from anomalyst.features.towers import Tower
 from anomalyst.methods.anople_losses import alignment_loss, image_loss, pixel_loss
 from anomalyst.methods.anople_views import VIEWS, Views
@@ -122,6 +123,7 @@ class AnoPle(TrainedMethod):
         super().__init__(options, backbone, layers, seed)
         self._banks = [Banks() for _ in layers]
         self._texts: dict[str, Tensor] = {}
+        self._words: dict[str | None, str] = {}
 
     @classmethod
     def default_layers(cls, backbone: BackboneSpec) -> tuple[int, ...]:
@@ -199,7 +201,9 @@ class AnoPle(TrainedMethod):
 
     def _pair(self, category: str | None) -> Tensor:
         """Return a product's texts ``[2, D]``, computed once: nothing of the image is in them."""
-        words = class_name(category, self.options.names, self.name)
+        if category not in self._words:  # a warning of a name is worth giving once
+            self._words[category] = class_name(category, self.options.names, self.name)
+        words = self._words[category]
         if words not in self._texts:
             self._texts[words] = self.network.texts([words])[0]
         return self._texts[words]
@@ -250,7 +254,7 @@ def abnormal_share(likeness: Tensor, temperature: float) -> Tensor:
 # ---- the network --------------------------------------------------------------------------------
 
 
-class AnoPleNetwork(nn.Module):
+class AnoPleNetwork(AroundClip):
     """Prompts, prefix and decoder around a frozen CLIP, which is no part of its weights.
 
     Attributes
@@ -260,10 +264,9 @@ class AnoPleNetwork(nn.Module):
     """
 
     def __init__(self, tower: ClipTower, options: AnoPleOptions) -> None:
-        super().__init__()
+        super().__init__(tower)
         self.options = options
         self.words: list[str] = []
-        self._frozen = (tower,)  # in a tuple, so that it is neither trained nor saved
         blocks = min(len(tower.blocks), tower.text.layers)
         depth = max(round(options.depth * blocks), 1)
         seen, read = tower.spec.widths[0], tower.text.width
@@ -273,11 +276,23 @@ class AnoPleNetwork(nn.Module):
         self.to_visual = nn.ModuleList(nn.Linear(read, seen) for _ in range(depth))
         self.prefix = _prompts(VIEWS, 1, seen)
         self.decoder = Decoder(tower.joint_width)
+        self._rest()
 
-    @property
-    def clip(self) -> ClipTower:
-        """The frozen towers."""
-        return self._frozen[0]
+    def _rest(self) -> None:
+        """Leave alone what the options make no use of: several processes wait for each gradient."""
+        way, rest = self.options.interaction, set[nn.Module | nn.Parameter]()
+        if way not in ("both", "i2t"):
+            rest.add(self.to_text)
+        if way not in ("both", "t2i"):
+            rest.add(self.to_visual)
+        if way == "text":
+            rest.add(self.visual)
+        if way == "visual":
+            rest.add(self.text)
+        if self.options.prefix == "none" or (way == "text" and self.options.prefix == "add"):
+            rest.add(self.prefix)
+        for unused in rest:
+            unused.requires_grad_(False)
 
     def mixed(self) -> tuple[list[Tensor], list[Tensor]]:
         """Return each block's prompts of the text and of the image tower, ``[n, C]``; or none."""
@@ -295,9 +310,16 @@ class AnoPleNetwork(nn.Module):
 
     def tokenized(self, words: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Return tokens ``[2 N, L]`` of "slots, words." and "slots, abnormal words." and ends."""
-        slots = "X " * self.slots
+        text, slots = self.clip.text, "X " * self.slots
+        room = text.room - text.count(f"{slots}abnormal .")
+        for word in words:
+            if (count := text.count(word)) > room:
+                raise InputError(
+                    f"class name {word!r} has {count} tokens, beside anople's prompts CLIP reads "
+                    f"{room} at most: give shorter words with --set names=CATEGORY:WORDS"
+                )
         sentences = [f"{slots}{state}{word}." for word in words for state in ("", "abnormal ")]
-        ids = self.clip.text.tokenize(sentences)
+        ids = text.tokenize(sentences)
         ends = ids.argmax(1)  # the end token has the highest number
         return ids[:, : int(ends.max()) + 1], ends
 

@@ -65,7 +65,7 @@ class WinClipTower(ClipTower):
     ``[B, D, 1, 1]`` of the whole image. A side that a window is too long for is taken whole.
     """
 
-    name: ClassVar[str] = "winclip exact"
+    name = "winclip exact"
 
     def forward(self, images: Tensor) -> list[Tensor]:
         entering, grid = self.embed(images)
@@ -123,7 +123,7 @@ class SharedWinClipTower(WinClipTower):
     that is the whole image.
     """
 
-    name: ClassVar[str] = "winclip shared"
+    name = "winclip shared"
 
     def look(self, entering: Tensor, windows: Sequence[Tensor], tap: Hook) -> Tensor:
         branch = len(self.blocks) * 2 // 3
