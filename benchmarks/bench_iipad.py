@@ -16,17 +16,15 @@ import statistics
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from anomalyst.evaluation import peak_rss_mb
 from anomalyst.features.backbones import find_backbone
-from anomalyst.features.clip import run_blocks
 from anomalyst.features.object_tokens import QFormerTokens
 from anomalyst.features.qformer import QFormer
 from anomalyst.methods.iipad import Iipad, IipadOptions
 from anomalyst.methods.iipad_sentences import guides
 from anomalyst.methods.iipad_tower import IipadTower
+from random_clip import gmac, plain_pass, random_state, ready
 from timing import seconds
 
 BATCHES = (1, 8)
@@ -50,17 +48,10 @@ QFORMER = {
 
 
 def random_tower(name: str) -> IipadTower:
-    """The frozen networks with random weights: matrices small, norms neutral."""
     spec = find_backbone(name)
     tower = IipadTower(spec, Iipad.default_layers(spec))
-    generator = torch.Generator().manual_seed(0)
-    tensors = {}
-    for key, meta in tower.state().items():
-        norm = ".ln_" in f".{key}" and key.endswith("weight")
-        drawn = torch.randn(meta.shape, generator=generator).mul_(0.02)
-        tensors[key] = torch.ones(meta.shape) if norm else drawn
-    tower.adopt(tensors)
-    return tower.requires_grad_(False).eval()
+    ready(tower, random_state(spec.id))
+    return tower
 
 
 def with_qformer(tower: IipadTower) -> None:
@@ -68,24 +59,8 @@ def with_qformer(tower: IipadTower) -> None:
     tower.objects = QFormerTokens(tower.qformer)
 
 
-def plain(tower: IipadTower, images: Tensor) -> Tensor:
-    """What CLIP itself makes of images: its embedding of each."""
-    tokens, _ = tower.embed(images)
-    return tower.project(run_blocks(tower.blocks, tokens)[:, 0])
-
-
 def judge(method: Iipad, tower: IipadTower, images: Tensor) -> Tensor:
     return method.score(method.encode(tower(images)), None)[1]
-
-
-def products(work: object) -> float:
-    """Return the GMAC of a call; attention in plain products, which the counter knows."""
-    counter = FlopCounterMode(display=False)
-    torch.backends.mha.set_fastpath_enabled(False)  # in one piece nothing of it would count
-    with counter, sdpa_kernel(SDPBackend.MATH):
-        work()
-    torch.backends.mha.set_fastpath_enabled(True)
-    return counter.get_total_flops() / 2e9
 
 
 def training_step(method: Iipad, maps: list[Tensor]) -> None:
@@ -128,7 +103,7 @@ def main() -> None:
         for batch in BATCHES:
             images = torch.randn(batch, 3, side, side, generator=generator)
             works = [
-                lambda images=images: plain(tower, images),
+                lambda images=images: plain_pass(tower, images),
                 lambda images=images: judge(method, tower, images),
             ]
             for work in works:
@@ -141,7 +116,7 @@ def main() -> None:
                 "ratio": round(whole / base, 2),
             }
             if batch == 1:
-                counted = [products(work) for work in works]
+                counted = [gmac(work) for work in works]
                 found["gmac_plain"], found["gmac_iipad"] = (round(x, 1) for x in counted)
         found["predict_peak_mb"] = round(peak_rss_mb())
     trained = [each.clone() for each in maps]

@@ -1,12 +1,11 @@
 """WinCLIP's windows, exact and shared, against a loop over them and one plain pass.
 
-    OMP_NUM_THREADS=1 python benchmarks/bench_winclip.py [--batches 1 8] [--rounds 3]
+    python benchmarks/bench_winclip.py [--batches 1 8] [--rounds 3]
 
 All on the whole architecture ViT-B-16-plus-240 at 240 pixels with random weights: times do not
-depend on the weights, and nothing is said of accuracy. Each round times all four in turn, in
-processor seconds, which neighbours on the machine disturb less than the clock's; reported is the
-median over the rounds of the ratio to the plain pass of the same round. The loop passes one window
-after the other, of all images of the batch. GMAC are half the flops that torch counts.
+depend on the weights, and nothing is said of accuracy. Each round times all four in turn; reported
+is the median over the rounds of the ratio to the plain pass of the same round. The loop passes one
+window after the other, of all images of the batch. GMAC are half the flops that torch counts.
 """
 
 from __future__ import annotations
@@ -14,45 +13,30 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 
-import open_clip
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from anomalyst.features.backbones import find_backbone
 from anomalyst.features.clip import run_blocks
 from anomalyst.methods.prompt_sentences import ABNORMAL_STATES, NORMAL_STATES, sentences
 from anomalyst.methods.winclip import SIDES, SharedWinClipTower, WinClipTower, window_patches
+from random_clip import gmac, plain_pass, random_state, ready
+from timing import seconds
 
 Work = Callable[[Tensor], object]
-
-
-def seconds(work: Callable[[], object]) -> float:
-    began = time.process_time()
-    work()
-    return time.process_time() - began
 
 
 def make_towers() -> tuple[WinClipTower, SharedWinClipTower]:
     """Return both towers, on the same random weights."""
     spec = find_backbone("clip-vit-b-16-plus-240")
-    config = open_clip.get_model_config(spec.architecture)
-    torch.manual_seed(0)
-    weights = open_clip.CLIP(config["embed_dim"], config["vision_cfg"], config["text_cfg"])
+    state = random_state(spec.id)
     exact, shared = WinClipTower(spec, (10,)), SharedWinClipTower(spec, (10,))
-    for tower in (exact, shared):
-        tower.adopt(tower.choose(weights.state_dict()))
-        tower.eval()
+    ready(exact, state)
+    ready(shared, state)
     return exact, shared
-
-
-def plain(tower: WinClipTower, images: Tensor) -> Tensor:
-    tokens, _ = tower.embed(images)
-    return tower.project(run_blocks(tower.blocks, tokens)[:, 0])
 
 
 def loop(tower: WinClipTower, images: Tensor) -> list[Tensor]:
@@ -64,16 +48,6 @@ def loop(tower: WinClipTower, images: Tensor) -> list[Tensor]:
             seen = torch.cat([tokens[:, :1], tokens[:, 1 + patches]], dim=1)
             found.append(tower.project(run_blocks(tower.blocks, seen)[:, 0]))
     return found
-
-
-@torch.inference_mode()
-def gmac(work: Work, images: Tensor) -> float:
-    # The fused operators are not counted.
-    torch.backends.mha.set_fastpath_enabled(False)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        work(images)
-    torch.backends.mha.set_fastpath_enabled(True)
-    return counter.get_total_flops() / 2e9
 
 
 @torch.inference_mode()
@@ -98,7 +72,7 @@ def main() -> None:
     options = parser.parse_args()
     exact, shared = make_towers()
     works: dict[str, Work] = {
-        "plain": lambda images: plain(exact, images),
+        "plain": lambda images: plain_pass(exact, images),
         "exact": exact,
         "shared": shared,
         "loop": lambda images: loop(exact, images),
@@ -113,7 +87,7 @@ def main() -> None:
                 "architecture": "ViT-B-16-plus-240, 240 x 240 pixels",
                 "threads": torch.get_num_threads(),
                 "gmac_an_image": {
-                    name: round(gmac(work, image), 1) for name, work in works.items()
+                    name: round(gmac(partial(work, image)), 1) for name, work in works.items()
                 },
                 "sentences": len(texts),
                 "sentences_s": round(took, 1),

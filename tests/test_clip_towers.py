@@ -391,7 +391,8 @@ def test_features_are_unit_vectors_each_computed_once(
     counts: list[int] = []
     encode = text.encode
     monkeypatch.setattr(text, "encode", lambda x, *more: counts.append(len(x)) or encode(x, *more))
-    found = text.features([*TEXTS, TEXTS[1]], batch=3)
+    text.vectors(TEXTS, batch=3)
+    found = text.features([*TEXTS, TEXTS[1]])
     assert counts == [3, 1] and not found.requires_grad
     expected = stock.encode_text(text.tokenize(TEXTS)).double().numpy()
     expected /= np.sqrt((expected**2).sum(1, keepdims=True))
