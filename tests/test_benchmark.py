@@ -20,7 +20,7 @@ from anomalyst.benchmark.config import SHIPPED, load_config, shipped
 from anomalyst.benchmark.tables import rows_of
 from anomalyst.errors import InputError
 from anomalyst.evaluation import METRICS
-from conftest import DEEP, TINY, Run, save, texture, write_yaml
+from conftest import CLIP, DEEP, TINY, Run, save, texture, write_yaml
 from test_docs import parse
 
 Write = Callable[..., Path]
@@ -344,6 +344,29 @@ def outcome(config: Any, seed: int, category: str, p_ap: float | None) -> Outcom
         return Outcome(cell, None, "broken")
     row = {**dict.fromkeys(METRICS), "n_normal": 1, "n_anomalous": 1, "p_ap": p_ap}
     return Outcome(cell, {"categories": {category: row}})
+
+
+def test_zero_shot_of_a_method_that_is_not_trained_needs_no_source(
+    run: Run, write: Write, make_parts: Callable[..., Path], clip_weights: str, tmp_path: Path
+) -> None:
+    path = write(
+        method="winclip",
+        setting="zero-shot",
+        shots=...,
+        backbone=CLIP,
+        weights=clip_weights,
+        image_size=80,
+        options={"zero_shot": True, "windows": "shared"},
+    )
+    code, out, err = run(path, "-o", tmp_path / "out", "--test", make_parts(good=2))
+    assert code == 0, err
+    (cell,) = (tmp_path / "out" / "cells").iterdir()
+    metrics = json.loads((cell / "metrics.json").read_text())
+    assert metrics["setting"] == "zero-shot" and list(metrics["categories"]) == ["plate"]
+    keys = {"shots": ..., "backbone": CLIP, "weights": clip_weights, "image_size": 80}
+    path = write(method="winclip", setting="zero-shot", options={}, **keys)
+    code, _, err = run(path, "-o", tmp_path / "none", "--test", tmp_path / "parts")
+    assert code == 2 and "zero_shot: true" in err
 
 
 def test_means_and_deviations_over_seeds() -> None:

@@ -226,7 +226,7 @@ def plan(config: BenchmarkConfig) -> list[Cell]:
 
 def _parts(config: BenchmarkConfig) -> Iterator[tuple[str | None, Dataset, Dataset]]:
     """Yield category, training data and test data of each model to be made."""
-    train = load_together(config.data)
+    train = load_together(config.data or config.test)  # untrained zero-shot has no source
     test = load_together(config.test) if config.test else train
     if config.categories:
         test = test.only(config.categories)

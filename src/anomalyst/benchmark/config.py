@@ -232,13 +232,14 @@ def _check(config: BenchmarkConfig, where: str) -> None:
             specs.append(find_method(name))
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
+    for spec in specs:
+        _check_setting(config.setting, spec, where)
     if config.bundle is not None:
         _check_bundle(config, specs, where)
     _check_data(config, specs, where)
     _check_lengths(config, specs, where)
     _check_abnormal(config, specs, where)
     for spec in specs:
-        _check_setting(config.setting, spec, where)
         of_bundle = config.bundle is not None and spec.trains_on is not None
         for variant in () if of_bundle else config.variants:
             _check_options(config, spec, variant, where)
@@ -295,7 +296,7 @@ def _check_bundle(config: BenchmarkConfig, specs: Sequence[MethodSpec], where: s
 
 
 def _check_data(config: BenchmarkConfig, specs: Sequence[MethodSpec], where: str) -> None:
-    needed = config.setting != "generalist" or any(spec.trains_on for spec in specs)
+    needed = config.setting not in ELSEWHERE or any(spec.trains_on for spec in specs)
     if needed and not config.data and config.bundle is None:
         raise InputError(f"{where}: names no data: give the folder with --data PATH")
     if config.data and not needed:
