@@ -242,7 +242,7 @@ class Detector:
         except BaseException:
             vars(self).update(before)
             raise
-        self.shots = shots
+        self.shots = None if unseen else shots
         if not unseen:
             self.setting = "single" if shots is None else "few-shot"
             if self.spec.multi_class and len(names) > 1:
