@@ -238,7 +238,7 @@ def test_a_name_in_another_script_is_warned_of_once(
     assert len(found) == 3 and found[0] > 0
     assert [record.getMessage() for record in caplog.records] == [
         "class name 'Schlüssel': CLIP reads English; "
-        "give words for it with --set names='Schlüssel:metal plate'"
+        "call it by words, such as 'metal plate', or fit with --set names='Schlüssel:WORDS'"
     ]
 
 
@@ -268,7 +268,7 @@ def test_a_category_without_letters_is_refused_before_any_step(
     said, seen = stages(anople(), data)
     assert said == (
         "category '01' is no class name that anople could read: "
-        "give words for it with --set names='01:metal plate'"
+        "call it by words, such as 'metal plate', or fit with --set names='01:WORDS'"
     )
     assert seen == []
     detector = anople(names="01:metal plate").fit(data, calibration=0)

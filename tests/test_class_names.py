@@ -62,8 +62,14 @@ def test_what_has_no_letter_is_no_name_and_the_mend_is_told(category: str) -> No
         class_name(category, {"02": "wood"}, "anople")
     assert str(error.value) == (
         f"category {category!r} is no class name that anople could read: "
-        f"give words for it with --set names='{category}:metal plate'"
+        f"call it by words, such as 'metal plate', or fit with --set names='{category}:WORDS'"
     )
+
+
+@pytest.mark.parametrize("given", ["01:", "01:!!", {"01": "42"}])
+def test_an_option_without_a_letter_is_refused(given: object) -> None:
+    with pytest.raises(ValidationError, match="the words for '01' have no letter"):
+        Options(names=given)
 
 
 def test_words_without_a_letter_are_refused_too() -> None:
@@ -79,7 +85,7 @@ def test_a_name_that_is_not_english_is_warned_of_and_taken(
     assert record.levelno == logging.WARNING
     assert record.getMessage() == (
         "class name 'Schlüssel': CLIP reads English; "
-        "give words for it with --set names='Schlüssel:metal plate'"
+        "call it by words, such as 'metal plate', or fit with --set names='Schlüssel:WORDS'"
     )
     caplog.clear()
     assert class_name("Schlüssel", {"Schlüssel": "key"}, "anople") == "key"

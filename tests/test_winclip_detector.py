@@ -13,8 +13,8 @@ from anomalyst.data.layouts import load_dataset
 from anomalyst.detector import Detector
 from anomalyst.errors import InputError
 from anomalyst.features.cache import FeatureCache
-from anomalyst.types import Prediction
-from conftest import CLIP, DEEP, Run, blot, texture
+from anomalyst.types import Prediction, Sample
+from conftest import CLIP, DEEP, Run, blot, save, texture
 
 GOOD = [texture(k) for k in range(3)]
 QUERY = blot(texture(9), 30, 30, 24)
@@ -70,8 +70,7 @@ def test_references_may_come_one_by_one_in_any_order(make) -> None:
 
 
 def test_names_give_a_number_its_words(make) -> None:
-    with pytest.raises(InputError, match="'01' is no class name"):
-        judge(make(), "01")
+    assert "'01' is no class name" in judge(make(), "01").error
     assert same(judge(make(names={"01": "metal plate"}), "01"), judge(make(), "metal_plate"))
     assert same(judge(make(names="01:metal plate"), "01"), judge(make(), "metal_plate"))
 
@@ -164,3 +163,29 @@ def test_from_the_command_line(make_parts, run: Run, clip_weights: str, tmp_path
         judged = ["predict", tmp_path / bundle, data / "plate" / "test", "-o", tmp_path / "out"]
         code, _, err = run(*judged, "--category", "plate")
         assert code == 0, err
+
+
+def test_a_name_that_cannot_be_used_is_refused_when_it_is_enrolled(make) -> None:
+    detector = make()
+    detector.enroll("plate", GOOD)
+    for name, reason in (("01", "no class name"), ("nut " * 80, "CLIP reads 75 at most")):
+        with pytest.raises(InputError, match=reason):
+            detector.enroll(name.strip(), GOOD)
+    assert detector.categories == ("plate",)
+
+
+def test_one_image_of_a_bad_name_leaves_the_others(make, tmp_path: Path) -> None:
+    samples = [
+        Sample(save(tmp_path / f"{k}.png", texture(k)), name)
+        for k, name in enumerate(("nut", "01", "nut"))
+    ]
+    found = list(make(zero_shot=True).predict(samples))
+    assert [p.error is None for p in found] == [True, False, True]
+    assert "'01' is no class name" in found[1].error
+
+
+def test_by_name_alone_no_category_is_guessed(make) -> None:
+    detector = make(zero_shot=True)
+    detector.enroll("plate", GOOD)
+    with pytest.raises(InputError, match="needs a class name"):
+        judge(detector, None)

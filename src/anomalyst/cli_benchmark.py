@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from anomalyst.cli_options import Device, Json
+from anomalyst.cli_options import Device, Json, Weights
 from anomalyst.console import progress, say, show_json, show_table
 
 SHIPPED = ", ".join(sorted(p.stem for p in (Path(__file__).parent / "benchmark/configs").glob("*")))
@@ -25,6 +25,10 @@ def benchmark(
     steps: Annotated[
         int | None, typer.Option(min=1, help="Training steps, not the config's.")
     ] = None,
+    backbone: Annotated[
+        str | None, typer.Option(help="A name from `anomalyst backbones`, not the config's.")
+    ] = None,
+    weights: Weights = None,
     device: Device = "auto",
     feature_cache: Annotated[
         Path | None, typer.Option(help="Keep frozen features here (default: OUTPUT/features).")
@@ -38,7 +42,8 @@ def benchmark(
     from anomalyst.benchmark.runner import run_benchmark
     from anomalyst.benchmark.tables import columns, rows_of
 
-    wanted = load_config(config, data=data or (), test=test or (), steps=steps)
+    instead: dict[str, Any] = {"steps": steps, "backbone": backbone, "weights": weights}
+    wanted = load_config(config, data=data or (), test=test or (), **instead)
     machine = Machine(device, offline, feature_cache)
     outcomes = run_benchmark(wanted, output, machine, watch=progress, tell=say)
     rows = rows_of(outcomes)

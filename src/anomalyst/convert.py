@@ -13,6 +13,7 @@ from anomalyst.engine import Engine, pick_device
 from anomalyst.errors import InputError
 from anomalyst.features.backbones import find_backbone
 from anomalyst.features.extractor import Backbone
+from anomalyst.features.libraries import make_tower
 from anomalyst.features.weights import read_checkpoint
 from anomalyst.methods.base import make_options
 from anomalyst.methods.inp_former import InpFormer
@@ -64,7 +65,8 @@ def convert_inp_former(path: str | Path, *, image_size: int = 392, resize: int =
         options={"prototypes": count},
     )
     options = make_options(InpFormer, detector.options)
-    backbone = Backbone(spec, InpFormer.default_layers(spec), encoder, str(file))
+    layers = InpFormer.default_layers(spec)
+    backbone = Backbone(spec, layers, make_tower(spec, layers), encoder, str(file))
     device = pick_device("auto")
     engine = Engine(backbone.to(device), preprocess, device, condenser=InpFormer.condenser(options))
     heads = {

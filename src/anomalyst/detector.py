@@ -91,7 +91,7 @@ class Detector:
         feature_cache: FeatureCache | None = None,
     ) -> None:
         self.spec = find_method(method)
-        self.backbone_id = self.spec.backbone if backbone == "auto" else backbone
+        self.backbone_id = self.spec.backbone_for(backbone)
         self.weights = weights
         self.image_size = image_size
         self.square = square
@@ -332,7 +332,8 @@ class Detector:
     ) -> None:
         """Add references of one category: seconds, no gradient. Known ones are passed over.
 
-        The category's calibration ends with it: it says nothing of the new references.
+        The category's calibration ends with it, for it says nothing of the new references; where
+        scores depend on the references of all categories, every calibration does.
 
         Parameters
         ----------
@@ -358,7 +359,8 @@ class Detector:
 
         began = time.perf_counter()
         enroll(self, category, normal, abnormal, progress)
-        self.calibration.pop(category, None)
+        kept = {} if self.method.shares_references else self.calibration
+        self.calibration = {name: known for name, known in kept.items() if name != category}
         self.shots, self.setting = None, "generalist" if self.trains_apart else "single"
         spent = self.seconds.get("enroll", 0.0) + time.perf_counter() - began
         self.seconds = {"train": 0.0, **self.seconds, "enroll": spent}

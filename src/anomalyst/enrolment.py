@@ -127,6 +127,7 @@ def _check_call(
         raise InputError(f"category {category!r}: give at least one normal reference image")
     if spec.trains_on is not None and not detector.method.trained:
         raise InputError(f"{spec.name} is not trained yet: fit it on a data set first")
+    detector.method.require_name(category)
 
 
 def _new_references(

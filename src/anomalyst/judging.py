@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from anomalyst.errors import unknown
+from anomalyst.errors import InputError, unknown
 from anomalyst.inference import ImageSource, Item, by_shape, read_batches
 from anomalyst.scoring import find_regions
 from anomalyst.types import Prediction, Region, ScoreMap
@@ -55,7 +55,13 @@ def _judge(
             found.update({k: Prediction(items[k].name, name, error=error) for k in at})
             continue
         part = features if len(at) == len(items) else [maps[at] for maps in features]
-        maps, scores = detector.method.score(part, name)
+        try:
+            maps, scores = detector.method.score(part, name)
+        except InputError as wrong:
+            if name is None:  # nobody said what is needed, of any image
+                raise
+            found.update({k: Prediction(items[k].name, name, error=str(wrong)) for k in at})
+            continue
         pixels_a_patch = detector.engine.preprocess.output_size(*items[0].size)[0] / maps.shape[1]
         sigma = detector.method.sigma / pixels_a_patch
         for k, values, score in zip(at, maps.cpu().numpy(), scores.tolist(), strict=True):
@@ -81,7 +87,9 @@ def _name_categories(
     Without any reference, the only category that is calibrated, or None.
     """
     known = [category or item.category for item in items]
-    if all(known):
+    # Zero-shot by name, a guess among the few that have references would be worse than none.
+    by_name = detector.spec.needs_class_name and detector.method.judges_unseen
+    if all(known) or by_name:
         return known
     retrieved = detector.index.lookup(features)
     if retrieved[0] is None and len(detector.categories) == 1:

@@ -96,7 +96,7 @@ class BenchmarkConfig(_Part):
                 chosen["options"]["steps"] = None  # the later of the two decides
             for key, value in given.items():
                 (chosen if key in DETECTOR_KEYS else chosen["options"])[key] = value
-        chosen["backbone"] = find_backbone(chosen["backbone"]).id
+        chosen["backbone"] = find_backbone(find_method(method).backbone_for(chosen["backbone"])).id
         return chosen | {"weights": self.weights}
 
 
@@ -111,6 +111,8 @@ def load_config(
     data: Sequence[Path] = (),
     test: Sequence[Path] = (),
     steps: int | None = None,
+    backbone: str | None = None,
+    weights: str | None = None,
 ) -> BenchmarkConfig:
     """Read a configuration: a YAML file, or the name of one that is shipped.
 
@@ -120,6 +122,8 @@ def load_config(
         Folders instead of those that it names.
     steps
         Training steps instead of all steps and epochs that it names.
+    backbone, weights
+        Instead of those that it names.
 
     Raises
     ------
@@ -134,6 +138,7 @@ def load_config(
         values["data"] = list(data)
     if test:
         values["test"] = list(test)
+    values |= {k: v for k, v in (("backbone", backbone), ("weights", weights)) if v is not None}
     if steps is not None:
         values |= {"steps": steps, "epochs": None}
     config: BenchmarkConfig = _validate(BenchmarkConfig, values, path.name)

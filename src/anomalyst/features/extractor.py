@@ -36,14 +36,14 @@ class Backbone(nn.Module):
         self,
         spec: BackboneSpec,
         layers: Sequence[int],
+        tower: Tower,
         tensors: Mapping[str, Tensor],
         origin: str,
-        make: MakeTower = make_tower,
     ) -> None:
         super().__init__()
         self.spec = spec
         self.layers = spec.check_layers(layers)
-        self.tower = make(spec, self.layers)
+        self.tower = tower
         self.tower.adopt(choose_tensors(spec, self.tower, tensors, origin))
         self._multiple = max(spec.strides[layer] for layer in self.layers)
         self.requires_grad_(False)
@@ -82,7 +82,8 @@ class Backbone(nn.Module):
         """
         spec = find_backbone(id)
         taps = spec.check_layers(spec.default_taps if layers is None else layers)
-        return cls(spec, taps, *read_weights(spec, weights, offline), make).to(device)
+        tower = make(spec, taps)  # what the method cannot use is said before weights are missed
+        return cls(spec, taps, tower, *read_weights(spec, weights, offline)).to(device)
 
     @classmethod
     def from_state(
@@ -93,7 +94,8 @@ class Backbone(nn.Module):
         make: MakeTower = make_tower,
     ) -> Backbone:
         """Return the backbone whose `state` this is; looks for no weights and needs no network."""
-        return cls(find_backbone(id), layers, tensors, f"saved state of {id}", make)
+        spec = find_backbone(id)
+        return cls(spec, layers, make(spec, layers), tensors, f"saved state of {id}")
 
     @property
     def stride(self) -> int:

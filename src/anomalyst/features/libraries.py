@@ -186,10 +186,8 @@ def describe_open_clip(id: str) -> BackboneSpec:
     known = open_clip.get_pretrained_cfg(name, tag) if tag else _NO_TAG
     if not known:
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name))
-        raise InputError(
-            f"backbone {id!r}: give open_clip:{name}:TAG with TAG one of {tags}; "
-            f"or open_clip:{name} and --weights file:PATH"
-        )
+        tagged = f"open_clip:{name}:TAG with TAG one of {tags}; or " if tags else ""
+        raise InputError(f"backbone {id!r}: give {tagged}open_clip:{name} and --weights file:PATH")
     if known.get("quick_gelu") and f"{name}-quickgelu" in models:
         name = f"{name}-quickgelu"
     vision = open_clip.get_model_config(name)["vision_cfg"]

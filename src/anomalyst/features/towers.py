@@ -62,6 +62,8 @@ class Tower(nn.Module, ABC):
                 raise ValueError(
                     f"{name!r} is {list(found.shape)} and should be {list(mine.shape)}"
                 )
+            if found.is_floating_point() and not found.isfinite().all():
+                raise ValueError(f"{name!r} holds values that are no numbers")
             chosen[name] = (found.float() if found.is_floating_point() else found).contiguous()
         return chosen
 

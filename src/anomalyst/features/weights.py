@@ -247,7 +247,7 @@ def _nowhere(spec: BackboneSpec, reason: str) -> InputError:
         third = "HF_HOME=FOLDER with a copy of the Hugging Face cache of a machine that has them"
     elif not spec.packaged:
         third += " and --backbone dinov2-small-packaged"
-    fetch = "" if spec.packaged else f"`anomalyst weights fetch {spec.id}` and "
+    fetch = "" if spec.hub_repo is None else f"`anomalyst weights fetch {spec.id}` and "
     file = store_path(spec.id).name
     return InputError(
         f"{spec.id}: no weights on this machine ({reason}). Three ways: (1) where there is "
@@ -304,7 +304,25 @@ def add(path: str | Path, id: str | None = None) -> Path:
         raise InputError(f"{file}: does not say of which backbone it is; give --backbone ID")
     spec = find_backbone(name)
     tensors = _whole(spec, _read_file(file, spec), str(file))
+    _require_no_less(spec, tensors, file)
     return _write(store_path(spec.id), tensors, spec, file.name)
+
+
+def _require_no_less(spec: BackboneSpec, tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Raise where an image tower alone would take the place of a whole CLIP in the store."""
+    from safetensors import safe_open
+
+    from anomalyst.features.clip import TEXT
+
+    stored = store_path(spec.id)
+    if TEXT in tensors or not _header(stored):
+        return
+    with safe_open(stored, framework="numpy") as kept:
+        if TEXT in set(kept.keys()):
+            raise InputError(
+                f"{file}: holds the image tower alone, and the store has both towers of {spec.id} "
+                f"({stored}); remove that file first if you mean it"
+            )
 
 
 def _whole(spec: BackboneSpec, tensors: Mapping[str, Tensor], origin: str) -> dict[str, Tensor]:

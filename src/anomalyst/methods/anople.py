@@ -40,6 +40,7 @@ from anomalyst.errors import InputError
 from anomalyst.features.backbones import BackboneSpec
 from anomalyst.features.clip import AroundClip, ClipTower, overwrite, patch_map, run_blocks
 from anomalyst.features.towers import Tower
+from anomalyst.methods.anople_decoder import Decoder
 from anomalyst.methods.anople_losses import alignment_loss, image_loss, pixel_loss
 from anomalyst.methods.anople_views import VIEWS, Views
 from anomalyst.methods.base import MethodOptions, TrainedMethod, TrainingOptions
@@ -51,7 +52,6 @@ from anomalyst.methods.views import PLAIN, View
 from anomalyst.training_data import TrainingFeatures
 from anomalyst.types import Sample
 
-_DECODED = 128  # channels inside the decoder
 _SEEN_SHARE = 5e-4  # of a view's pixels: a view with less of a pseudo-anomaly counts as normal
 _NOISE = (0.25, 1.0)  # length of latent noise, in lengths of the token
 _EPS = 1e-6
@@ -147,13 +147,20 @@ class AnoPle(TrainedMethod):
     def judges_unseen(self) -> bool:
         return self.options.zero_shot
 
+    @property
+    def shares_references(self) -> bool:
+        return self.options.bank == "shared"
+
+    def require_name(self, category: str) -> None:
+        self.network.tokenized([class_name(category, self.options.names, self.name)])
+
     def training_views(self, few_shot: bool) -> Sequence[View]:
         return (PLAIN,)
 
     def require_trainable(self, samples: Sequence[Sample]) -> None:
         find_textures(self.options.textures, by_category(samples))
-        words = [class_name(name, self.options.names, self.name) for name in by_category(samples)]
-        self.network.tokenized(words)  # a name may be too long for CLIP
+        for category in by_category(samples):
+            self.require_name(category)
 
     def source(self, features: TrainingFeatures) -> Views:
         options = self.options
@@ -312,6 +319,11 @@ class AnoPleNetwork(AroundClip):
         """Return tokens ``[2 N, L]`` of "slots, words." and "slots, abnormal words." and ends."""
         text, slots = self.clip.text, "X " * self.slots
         room = text.room - text.count(f"{slots}abnormal .")
+        if room < 1:
+            raise InputError(
+                f"options text_prompts, visual_prompts of anople: {self.slots} prompts leave no "
+                f"room for a name, CLIP reads {text.room} tokens at most"
+            )
         for word in words:
             if (count := text.count(word)) > room:
                 raise InputError(
@@ -467,31 +479,3 @@ def with_noise(tokens: Tensor, patches: Tensor) -> Tensor:
     deviation = ratio * here.norm(dim=2, keepdim=True).detach() / here.shape[2] ** 0.5
     noisy = here + patches[:, :, None] * deviation * torch.randn_like(here)
     return overwrite(tokens, 1, noisy)
-
-
-class Decoder(nn.Module):
-    """Patch tokens ``[R, D, h, w]`` to features ``[R, D, 4 h, 4 w]`` of the same space.
-
-    At the start the tokens themselves make up most of them: the skip begins as the identity.
-    """
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.fine = nn.Sequential(
-            nn.ConvTranspose2d(width, _DECODED, 2, stride=2),
-            nn.GroupNorm(8, _DECODED),
-            nn.GELU(),
-            nn.ConvTranspose2d(_DECODED, _DECODED, 2, stride=2),
-            nn.GroupNorm(8, _DECODED),
-            nn.GELU(),
-            nn.Conv2d(_DECODED, width, 1),
-        )
-        self.skip = nn.Conv2d(width, width, 1, bias=False)
-        nn.init.dirac_(self.skip.weight)
-
-    def forward(self, patches: Tensor) -> Tensor:
-        fine: Tensor = self.fine(patches)
-        coarse = functional.interpolate(
-            self.skip(patches), fine.shape[-2:], mode="bilinear", align_corners=False
-        )
-        return fine + coarse

@@ -51,6 +51,10 @@ class MethodSpec:
     trains_on: str | None = None
     backbone: str = "auto"
 
+    def backbone_for(self, name: str) -> str:
+        """Return the backbone that a name means for this method: ``auto`` is its own."""
+        return self.backbone if name == "auto" else name
+
     def load(self) -> type[Method]:
         """Import the method's module and return its class."""
         module, _, name = self.home.partition(":")
@@ -135,6 +139,15 @@ class Method(ABC):
     def bind(self, tower: Tower) -> None:
         """Take hold of the frozen network, of which some methods run more than its maps."""
         self.tower = tower
+
+    def require_name(self, category: str) -> None:
+        """Raise `InputError` where a category's name is of no use to the method."""
+        return
+
+    @property
+    def shares_references(self) -> bool:
+        """Whether a category's scores depend on the references of others too."""
+        return False
 
     def encode(self, features: Sequence[Tensor]) -> Sequence[Tensor]:
         """Return what enrolment, retrieval and `score` get to see of an image's feature maps.
@@ -350,7 +363,8 @@ def make_options(method: type[Method], given: Mapping[str, Any]) -> MethodOption
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         raise InputError(
-            f"option {key}={first['input']!r} of {method.name}: {first['msg']}"
+            f"option {key}={first['input']!r} of {method.name}: "
+            f"{first['msg'].removeprefix('Value error, ')}"
         ) from None
 
 

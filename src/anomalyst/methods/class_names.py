@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator
+from pydantic import AfterValidator, BeforeValidator
 
 from anomalyst.errors import InputError
 
@@ -34,7 +34,18 @@ def _parse(given: Any) -> Any:
     return {category.strip(): words.strip() for category, _, words in pairs}
 
 
-Names = Annotated[dict[str, str], BeforeValidator(_parse)]
+def _require_words(names: dict[str, str]) -> dict[str, str]:
+    for category, words in names.items():
+        if not _is_spoken(words):
+            raise ValueError(f"the words for {category!r} have no letter; give such as metal plate")
+    return names
+
+
+def _is_spoken(words: str) -> bool:
+    return any(letter.isalpha() for letter in words)
+
+
+Names = Annotated[dict[str, str], BeforeValidator(_parse), AfterValidator(_require_words)]
 """Words for categories whose own name says nothing, such as ``{"01": "metal plate"}``."""
 
 
@@ -49,8 +60,8 @@ def class_name(category: str | None, names: Mapping[str, str], method: str) -> s
     if category is None:
         raise InputError(f"{method} needs a class name: say which product it is (--category NAME)")
     words = names.get(category) or _SPOKEN.get(category) or category.replace("_", " ").strip()
-    mend = f"give words for it with --set names='{category}:metal plate'"
-    if not any(letter.isalpha() for letter in words):
+    mend = f"call it by words, such as 'metal plate', or fit with --set names='{category}:WORDS'"
+    if not _is_spoken(words):
         raise InputError(f"category {category!r} is no class name that {method} could read: {mend}")
     if not words.isascii():
         _log.warning("class name %r: CLIP reads English; %s", words, mend)

@@ -109,6 +109,13 @@ class IipadOptions(TrainingOptions):
             raise ValueError("set object_tokens=qformer too")
         return folder
 
+    @field_validator("beta")
+    @classmethod
+    def _learn_something(cls, beta: float, info: ValidationInfo) -> float:
+        if not (beta or info.data.get("semantic") or info.data.get("alpha")):
+            raise ValueError("semantic, alpha and beta are all 0; set one above it")
+        return beta
+
     def optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         """Return plain Adam."""
         return torch.optim.Adam(parameters, weight_decay=self.weight_decay)
@@ -185,6 +192,10 @@ class Iipad(TrainedMethod):
     def source(self, features: TrainingFeatures) -> TrainingFeatures:
         self.network.guides = guides(self.network.text, self.options.sentences, self.options.dedup)
         return features
+
+    @property
+    def shares_references(self) -> bool:
+        return True  # an image consults those most like it, of whatever category
 
     @torch.inference_mode()
     def encode(self, features: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -226,8 +226,10 @@ class WinClip(Method):
     def judges_unseen(self) -> bool:
         return self.options.zero_shot
 
+    def require_name(self, category: str) -> None:
+        self._text.tokenize(sentences(ABNORMAL_STATES, self._words(category)))
+
     def enroll(self, category: str, views: Sequence[Sequence[Tensor]]) -> None:
-        self._words(category)  # a name that says nothing is refused now, not at the first image
         for number, bank in enumerate(self._banks.values()):
             bank.add(category, torch.cat([_units(features[number]) for features in views]))
 
