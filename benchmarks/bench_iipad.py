@@ -123,6 +123,9 @@ def main() -> None:
     for batch in (1, given.images):
         part = [each[:batch] for each in trained]
         training_step(method, part)
+        if batch == 1:
+            counted = gmac(lambda part=part: training_step(method, part))
+            found["training_step_of_1_gflop"] = round(2 * counted, 1)
         taken = [seconds(lambda part=part: training_step(method, part)) for _ in range(5)]
         found[f"training_step_of_{batch}_s"] = round(statistics.median(taken), 3)
     found["generator_parameters_m"] = round(

@@ -358,7 +358,7 @@ def test_zero_shot_of_a_method_that_is_not_trained_needs_no_source(
         image_size=80,
         options={"zero_shot": True, "windows": "shared"},
     )
-    code, out, err = run(path, "-o", tmp_path / "out", "--test", make_parts(good=2))
+    code, _, err = run(path, "-o", tmp_path / "out", "--test", make_parts(good=2))
     assert code == 0, err
     (cell,) = (tmp_path / "out" / "cells").iterdir()
     metrics = json.loads((cell / "metrics.json").read_text())

@@ -1,6 +1,7 @@
-"""The vision-language methods on CLIPs of full size, from a checkpoint that this test writes.
+"""The vision-language methods on real images: a tiny CLIP, and, slow, CLIPs of full size.
 
-Random weights: that everything fits together and runs on real images is what is shown, no accuracy.
+Random weights in checkpoints that these tests write: that everything fits together and runs is what
+is shown, no accuracy.
 """
 
 from __future__ import annotations
@@ -10,9 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import Run, save, texture
-
-pytestmark = pytest.mark.slow
+from conftest import CLIP, Run, save, texture
 
 # What each method is given, so that a pass or two of the towers is all that it takes.
 QUICK = {
@@ -29,6 +28,29 @@ CASES = [
     ("open_clip:ViT-L-14-336-quickgelu", 336, "winclip"),
     ("open_clip:ViT-L-14-336-quickgelu", 336, "iipad"),
 ]
+
+
+@pytest.mark.parametrize("method", QUICK)
+def test_a_tiny_clip_is_fitted_taught_judged_by_and_measured(
+    mvtec: Path, clip_weights: str, run: Run, tmp_path: Path, method: str
+) -> None:
+    bundle = tmp_path / "bundle"
+    words = ["fit", method, mvtec, "-o", bundle, "--backbone", CLIP, "--weights", clip_weights]
+    code, _, err = run(*words, *QUICK[method], "--shots", 1, "--category", "bottle")
+    assert code == 0 and "bottle: 1 reference, calibrated on 41" in err
+    code, _, err = run("enroll", bundle, "nut", "--normal", save(tmp_path / "n.png", texture(0)))
+    assert code == 0, err
+    code, out, err = run("predict", bundle, mvtec / "bottle/test/good", "-o", tmp_path, "--json")
+    assert code == 0, err
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert len(rows) == len(list((mvtec / "bottle/test/good").iterdir()))
+    assert all(0 < row["p_value"] <= 1 for row in rows if row["calibrated"])
+    words = ["evaluate", bundle, mvtec, "-o", tmp_path / "results", "--category", "bottle"]
+    code, out, err = run(*words, "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["method"] == method and 0 <= found["categories"]["bottle"]["p_ap"] <= 1
+    assert (tmp_path / "results" / "report.html").stat().st_size > 10_000
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +84,7 @@ def checkpoint(kept: dict[str, Path], backbone: str) -> Path:
     return kept[backbone]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("backbone", "side", "method"), CASES)
 def test_a_full_checkpoint_is_fitted_taught_and_judged_by(
     checkpoints: dict[str, Path],
