@@ -13,6 +13,7 @@ from PIL import Image
 from scipy import ndimage
 from torch import Tensor
 
+from anomalyst import training_data
 from anomalyst.data.transforms import Preprocess
 from anomalyst.errors import InputError
 from anomalyst.inference import read_item
@@ -304,7 +305,7 @@ def test_forgotten_images_are_read_again(make: Make, monkeypatch: pytest.MonkeyP
 def test_images_are_decoded_once(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
     monkeypatch.setattr(
-        anople_views, "read_item", lambda *given: read.append(given[1]) or read_item(*given)
+        training_data, "read_item", lambda *given: read.append(given[1]) or read_item(*given)
     )
     views = make()
     for step in range(3):

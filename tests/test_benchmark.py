@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import yaml
 
-from anomalyst.benchmark import kept, runner
+from anomalyst.benchmark import SHIPPED, kept, runner, shipped
 from anomalyst.benchmark.cells import Cell, Outcome, plan
-from anomalyst.benchmark.config import SHIPPED, load_config, shipped
+from anomalyst.benchmark.config import load_config
 from anomalyst.benchmark.tables import rows_of
 from anomalyst.errors import InputError
 from anomalyst.evaluation import METRICS

@@ -7,14 +7,15 @@ from typing import Annotated, Any
 
 import typer
 
+from anomalyst.benchmark import shipped
 from anomalyst.cli_options import Device, Json, Weights
 from anomalyst.console import progress, say, show_json, show_table
 
-SHIPPED = ", ".join(sorted(p.stem for p in (Path(__file__).parent / "benchmark/configs").glob("*")))
+_SHIPPED = ", ".join(shipped())
 
 
 def benchmark(
-    config: Annotated[str, typer.Argument(help=f"A YAML file, or a shipped one: {SHIPPED}.")],
+    config: Annotated[str, typer.Argument(help=f"A YAML file, or a shipped one: {_SHIPPED}.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the results.")],
     data: Annotated[
         list[Path] | None, typer.Option(help="Training data, not the config's; repeatable.")

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from anomalyst.bundle import ReferenceRecord
 from anomalyst.data.images import read_file, read_image
+from anomalyst.data.transforms import Preprocess
 from anomalyst.engine import Engine
 from anomalyst.enrolment import record_of
 from anomalyst.errors import InputError
 from anomalyst.features.cache import FeatureArray
-from anomalyst.inference import Item, by_shape, read_batches
+from anomalyst.inference import Item, by_shape, read_batches, read_item
 from anomalyst.methods.views import View
-from anomalyst.types import Progress, Sample
+from anomalyst.types import ByteArray, Progress, Sample
 
 _READ = 8
 
@@ -125,6 +126,20 @@ class TrainingFeatures:
             [_stack(layer) for layer in zip(*(maps[p] for p in same), strict=True)]
             for same in by_shape(items)
         ]
+
+
+def read_pixels(sample: Sample, preprocess: Preprocess) -> tuple[Item, ByteArray]:
+    """Return a training image and its pixels at the size of the network's input.
+
+    Raises
+    ------
+    InputError
+        It cannot be read.
+    """
+    item = read_item(sample, str(sample.path), preprocess)
+    _require_good([item])
+    assert item.tensor is not None
+    return item, preprocess.pixels(item.tensor)
 
 
 def _require_good(items: Sequence[Item]) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from anomalyst.benchmark import SHIPPED, shipped
 from anomalyst.errors import InputError, unknown
 from anomalyst.evaluation import EVAL_SIZE
 from anomalyst.features.backbones import find_backbone
@@ -16,7 +17,6 @@ from anomalyst.methods.base import MethodSpec, find_method, make_options
 from anomalyst.settings import DETECTOR_KEYS, detector_settings
 from anomalyst.training_setup import FULL, Precision
 
-SHIPPED = Path(__file__).parent / "configs"
 Setting = Literal[
     "single", "multi", "super-multi", "few-shot", "few-shot-multi", "generalist", "zero-shot"
 ]
@@ -98,11 +98,6 @@ class BenchmarkConfig(_Part):
                 (chosen if key in DETECTOR_KEYS else chosen["options"])[key] = value
         chosen["backbone"] = find_backbone(find_method(method).backbone_for(chosen["backbone"])).id
         return chosen | {"weights": self.weights}
-
-
-def shipped() -> list[str]:
-    """Return the names of the configurations that come with the package."""
-    return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
 
 
 def load_config(

@@ -103,6 +103,11 @@ def patch_map(tokens: Tensor, grid: Sequence[int]) -> Tensor:
     return tokens.transpose(1, 2).view(len(tokens), -1, *grid)
 
 
+def abnormal_share(likeness: Tensor, temperature: float) -> Tensor:
+    """Return P(abnormal) of likenesses ``[..., 2]`` to a normal and an abnormal text."""
+    return ((likeness[..., 1] - likeness[..., 0]) / temperature).sigmoid()
+
+
 class ClipText:
     """The text tower, for sentences and for sequences with free slots.
 
@@ -160,6 +165,12 @@ class ClipText:
         ids: Tensor = self._tokenizer(list(texts), context_length=self.context)
         return ids.to(self._model.positional_embedding.device)
 
+    def tokenize_short(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Return token numbers ``[N, L]`` up to the last end, and each text's end ``[N]``."""
+        ids = self.tokenize(texts)
+        ends = ids.argmax(1)  # the end token has the highest number
+        return ids[:, : int(ends.max()) + 1], ends
+
     def embed(self, ids: Tensor) -> Tensor:
         """Return the embeddings ``[N, L, C]`` of token numbers, positions not added yet."""
         embedded: Tensor = self._model.token_embedding(ids)
@@ -206,9 +217,7 @@ class ClipText:
         unknown = [text for text in dict.fromkeys(texts) if text not in self._cached]
         for first in range(0, len(unknown), batch):
             part = unknown[first : first + batch]
-            ids = self.tokenize(part)
-            ends = ids.argmax(1)  # the end token has the highest number
-            ids = ids[:, : int(ends.max()) + 1]
+            ids, ends = self.tokenize_short(part)
             found, _ = self.encode(self.embed(ids), ends)
             self._cached |= zip(part, found, strict=True)
         return torch.stack([self._cached[text] for text in texts])

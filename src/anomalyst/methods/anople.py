@@ -38,7 +38,14 @@ from torch.nn import functional
 
 from anomalyst.errors import InputError
 from anomalyst.features.backbones import BackboneSpec
-from anomalyst.features.clip import AroundClip, ClipTower, overwrite, patch_map, run_blocks
+from anomalyst.features.clip import (
+    AroundClip,
+    ClipTower,
+    abnormal_share,
+    overwrite,
+    patch_map,
+    run_blocks,
+)
 from anomalyst.features.towers import Tower
 from anomalyst.methods.anople_decoder import Decoder
 from anomalyst.methods.anople_losses import alignment_loss, image_loss, pixel_loss
@@ -253,11 +260,6 @@ def harmonic_mean(a: Tensor, b: Tensor) -> Tensor:
     return 2 * a * b / (a + b + _EPS)
 
 
-def abnormal_share(likeness: Tensor, temperature: float) -> Tensor:
-    """Return P(abnormal) of likenesses ``[..., 2]`` to the normal and the abnormal text."""
-    return ((likeness[..., 1] - likeness[..., 0]) / temperature).sigmoid()
-
-
 # ---- the network --------------------------------------------------------------------------------
 
 
@@ -331,9 +333,7 @@ class AnoPleNetwork(AroundClip):
                     f"{room} at most: give shorter words with --set names=CATEGORY:WORDS"
                 )
         sentences = [f"{slots}{state}{word}." for word in words for state in ("", "abnormal ")]
-        ids = text.tokenize(sentences)
-        ends = ids.argmax(1)  # the end token has the highest number
-        return ids[:, : int(ends.max()) + 1], ends
+        return text.tokenize_short(sentences)
 
     @property
     def slots(self) -> int:

@@ -17,8 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from anomalyst.errors import InputError
-from anomalyst.inference import read_item
+from anomalyst.training_data import read_pixels
 from anomalyst.types import BoolArray, ByteArray
 
 if TYPE_CHECKING:
@@ -119,13 +118,10 @@ class Views:
     def _read(self, number: int) -> ByteArray:
         """Return an image's pixels at twice the size of the network's input."""
         if number not in self._decoded:
-            sample = self._samples[number]
-            item = read_item(sample, str(sample.path), self._large)
-            if item.error or item.tensor is None:
-                raise InputError(f"training image: {item.error}")
+            _, pixels = read_pixels(self._samples[number], self._large)
             if len(self._decoded) >= _REMEMBERED:
                 self._decoded.pop(next(iter(self._decoded)))
-            self._decoded[number] = self._large.pixels(item.tensor)
+            self._decoded[number] = pixels
         return self._decoded[number]
 
     def _tensors(self, image: ByteArray) -> Tensor:

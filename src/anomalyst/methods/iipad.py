@@ -38,7 +38,7 @@ from torch.nn import functional
 
 from anomalyst.errors import InputError
 from anomalyst.features.backbones import BackboneSpec
-from anomalyst.features.clip import AroundClip
+from anomalyst.features.clip import AroundClip, abnormal_share
 from anomalyst.features.towers import Tower
 from anomalyst.methods.base import MethodOptions, TrainedMethod, TrainingOptions
 from anomalyst.methods.iipad_generator import Generator, Sizes
@@ -238,7 +238,7 @@ class Iipad(TrainedMethod):
 
     def _share(self, alike: Tensor) -> Tensor:
         """Return the softmax of normal and abnormal similarities ``[..., 2]`` at the second."""
-        return ((alike[..., 1] - alike[..., 0]) / self.options.test_temperature).sigmoid()
+        return abnormal_share(alike, self.options.test_temperature)
 
     def _visual(self, patches: Sequence[Tensor], rows: Tensor) -> Tensor:
         """Return A^v ``[B, R]`` (eq. 17), or what an ablation puts in its place."""

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from anomalyst.errors import InputError
-from anomalyst.inference import Item, by_shape, read_item
+from anomalyst.inference import Item, by_shape
 from anomalyst.methods.prompt_decoders import resized
 from anomalyst.methods.views import PLAIN
 from anomalyst.retrieval import describe
+from anomalyst.training_data import read_pixels
 
 if TYPE_CHECKING:
     from anomalyst.methods.synthesis import Synthesizer
@@ -187,11 +188,7 @@ class Prompted:
 
     def _read(self, number: int) -> tuple[Item, ByteArray]:
         """Return an image and its pixels at the size of the network's input."""
-        sample, preprocess = self._features.samples[number], self._features.engine.preprocess
-        item = read_item(sample, str(sample.path), preprocess)
-        if item.error or item.tensor is None:
-            raise InputError(f"training image: {item.error}")
-        return item, preprocess.pixels(item.tensor)
+        return read_pixels(self._features.samples[number], self._features.engine.preprocess)
 
     def _keep(self, made: dict[tuple[int, ...], tuple[Item, BoolArray]]) -> None:
         """Remember the masks, packed, and under which names the cache has the features."""
