@@ -10,10 +10,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 from PIL import Image
+
+if TYPE_CHECKING:
+    from anomalyst.benchmark.config import BenchmarkConfig
 
 Run = Callable[..., tuple[int, str, str]]
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -106,6 +110,14 @@ def write_yaml(path: Path, values: dict[str, object]) -> Path:
     kept = {key: value for key, value in values.items() if value is not ...}
     path.write_text(yaml.safe_dump(kept, sort_keys=False))
     return path
+
+
+def load_part(source: str | Path, **instead: Any) -> BenchmarkConfig:
+    """The only part of a benchmark's configuration."""
+    from anomalyst.benchmark.reading import load_benchmark
+
+    (part,) = load_benchmark(source, **instead).parts
+    return part
 
 
 @pytest.fixture

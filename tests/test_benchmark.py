@@ -16,11 +16,13 @@ import yaml
 
 from anomalyst.benchmark import SHIPPED, kept, runner, shipped
 from anomalyst.benchmark.cells import Cell, Outcome, plan
-from anomalyst.benchmark.config import load_config
-from anomalyst.benchmark.tables import rows_of
+from anomalyst.benchmark.config import BenchmarkConfig
+from anomalyst.benchmark.reading import load_benchmark
+from anomalyst.benchmark.rows import rows_of
+from anomalyst.benchmark.tables import main_table
 from anomalyst.errors import InputError
 from anomalyst.evaluation import METRICS
-from conftest import CLIP, DEEP, TINY, Run, save, texture, write_yaml
+from conftest import CLIP, DEEP, TINY, Run, load_part, save, texture, write_yaml
 from test_docs import parse
 
 Write = Callable[..., Path]
@@ -83,7 +85,7 @@ def test_single_and_few_shot_make_a_model_of_each_category(write: Write, make_pa
     parts = make_parts(("across", "down"), good=3)
     variants = [{"name": "default"}, {"name": "8 turns", "options": {"rotations": 8}}]
     path = write(data=str(parts), shots=[1, 2], seeds=[3, 4], variants=variants)
-    cells = plan(load_config(path))
+    cells = plan(load_part(path))
     assert len(cells) == 2 * 2 * 2 * 2 == len({cell.name for cell in cells})
     assert [cell.label for cell in cells[:3]] == [
         "anomaly-dino, 1 shot, seed 3, across",
@@ -95,7 +97,7 @@ def test_single_and_few_shot_make_a_model_of_each_category(write: Write, make_pa
     assert cells[-1].arguments["options"] == {"rotations": 8}
     assert {s.category for s in cells[0].train.train} == {"across"}
     assert {s.category for s in cells[0].test.test} == {"across"}
-    config = load_config(write(data=str(parts), setting="single", shots=..., categories=["down"]))
+    config = load_part(write(data=str(parts), setting="single", shots=..., categories=["down"]))
     assert [cell.category for cell in plan(config)] == ["down"]
 
 
@@ -105,12 +107,12 @@ def test_joint_settings_make_one_model(write: Write, make_parts, tmp_path: Path)
     (other / "across").parent.mkdir()
     (parts / "across").rename(tmp_path / "kept")
     (tmp_path / "kept").rename(other / "across")
-    (cell,) = plan(load_config(write(data=str(parts), setting="multi", shots=...)))
+    (cell,) = plan(load_part(write(data=str(parts), setting="multi", shots=...)))
     assert cell.category is None and cell.setting == "multi"
     both = [str(parts), str(other)]
-    (cell,) = plan(load_config(write(data=both, setting="multi", shots=...)))
+    (cell,) = plan(load_part(write(data=both, setting="multi", shots=...)))
     assert cell.setting == "super-multi" and cell.test.categories == ("down", "across")
-    cells = plan(load_config(write(data=both, setting="few-shot-multi", shots=[1, 2])))
+    cells = plan(load_part(write(data=both, setting="few-shot-multi", shots=[1, 2])))
     assert [cell.shots for cell in cells] == [1, 2]
 
 
@@ -122,7 +124,7 @@ def test_data_sets_with_a_category_in_common_keep_it_apart(
     other.mkdir()
     for file in parts.rglob("*.png"):
         save(other / file.relative_to(parts), texture(0))
-    (cell,) = plan(load_config(write(data=[str(parts), str(other)], setting="multi", shots=...)))
+    (cell,) = plan(load_part(write(data=[str(parts), str(other)], setting="multi", shots=...)))
     assert cell.train.categories == ("parts/plate", "other/plate")
     assert {s.category for s in cell.test.test} == {"parts/plate", "other/plate"}
 
@@ -131,12 +133,12 @@ def test_settings_are_laid_over_each_other(trained: Write) -> None:
     variants = [{"name": "a", "options": {"epochs": 3}}, {"name": "b", "options": {"layers": [0]}}]
     options = {"prototypes": 2, "square": True}
     path = trained(data="x", options=options, variants=variants, image_size=64)
-    config = load_config(path)
+    config = load_part(path)
     first, second = (config.arguments("inp-former", variant) for variant in config.variants)
     assert first["options"] == {"prototypes": 2, "epochs": 3, "steps": None}
     assert second["options"] == {"prototypes": 2, "steps": 2}
     assert second["layers"] == [0] and first["square"] and first["image_size"] == 64
-    config = load_config(path, steps=7)
+    config = load_part(path, steps=7)
     for variant in config.variants:
         assert config.arguments("inp-former", variant)["options"] == {"prototypes": 2, "steps": 7}
 
@@ -147,17 +149,18 @@ def test_shipped_configurations_load_and_name_their_command(
 ) -> None:
     text = (SHIPPED / f"{name}.yaml").read_text()
     command = text.splitlines()[0].removeprefix("# ")
-    trains = "\nbundle: " not in text
-    needed = "--data" if trains else "--test"
-    assert command.startswith(f"anomalyst benchmark {name} {needed} ")
+    assert command.startswith(f"anomalyst benchmark {name} ")
     parse(command)
-    with pytest.raises(InputError, match=needed):
-        load_config(name)
+    words = command.split()
+    given = {words[k]: Path(words[k + 1]) for k in range(3, len(words) - 1, 2)}
     copy = tmp_path / "copy.yaml"  # on a backbone that every machine has
     copy.write_text(f"{text}backbone: {DEEP}\nweights: {deep_weights}\n")
-    test = [Path("y")] if "--test" in command else []
-    config = load_config(copy, data=[Path("x")] if trains else [], test=test)
-    assert config.setting.removesuffix("-multi") in name or name.endswith("-ablation")
+    if "--root" not in given:
+        with pytest.raises(InputError, match="--data|--test"):
+            load_benchmark(copy)
+    folders = {key: [given[f"--{key}"]] for key in ("data", "test") if f"--{key}" in given}
+    found = load_benchmark(copy, root=given.get("--root"), **folders)
+    assert all(part.data or part.test for part in found.parts)
 
 
 def test_the_ablation_takes_one_part_after_the_other() -> None:
@@ -182,20 +185,25 @@ def test_results_equal_the_metrics_and_nothing_runs_twice(
     assert re.search(r"^6/6 anomaly-dino, 1 shot, seed 3, down: \d+ s$", err, re.MULTILINE)
     found = metrics_of(out)
     assert len(found) == 6
-    lines = {(line["seed"], line["category"]): line for line in lines_of(out)}
-    assert len(lines) == 9
+    lines = {
+        (line["seed"], line["category"], line["metric"]): line
+        for line in lines_of(out)
+        if not line["defect"]
+    }
+    assert len(lines) == 9 * len(METRICS) + 6 * 2  # and the costs of each cell
     for name, metrics in found.items():
         for category, row in metrics["categories"].items():
-            line = lines[str(metrics["seed"]), category]
-            assert line["cell"] == name and line["status"] == "done"
-            assert (line["setting"], line["shots"]) == ("few-shot", "1")
-            for key in ("n_normal", "n_anomalous", *METRICS):
-                assert float(line[key]) == row[key]
+            for key in METRICS:
+                line = lines[str(metrics["seed"]), category, key]
+                assert line["cell"] == name and line["status"] == "done"
+                assert (line["setting"], line["shots"]) == ("few-shot", "1")
+                assert float(line["value"]) == row[key]
+                assert float(line["n_normal"]) == row["n_normal"]
     means = []
     for seed in ("1", "2", "3"):
-        pair = [float(lines[seed, name]["p_ap"]) for name in ("across", "down")]
+        pair = [float(lines[seed, name, "p_ap"]["value"]) for name in ("across", "down")]
         means.append(sum(pair) / 2)
-        assert float(lines[seed, "mean"]["p_ap"]) == pytest.approx(means[-1], abs=1e-12)
+        assert float(lines[seed, "mean", "p_ap"]["value"]) == pytest.approx(means[-1], abs=1e-12)
     mean = sum(means) / 3
     deviation = (sum((value - mean) ** 2 for value in means) / 2) ** 0.5
     assert deviation > 0
@@ -203,7 +211,7 @@ def test_results_equal_the_metrics_and_nothing_runs_twice(
     assert text.startswith("# Few | shots\n") and "## across" in text
     assert f"{mean:.3f} ± {deviation:.3f}" in text and f"{mean:.3f} ± {deviation:.3f}" in shown
     before = {p: p.stat().st_mtime_ns for p in (out / "cells").rglob("*")}
-    monkeypatch.setattr(runner, "_measure", None)  # whatever calls it fails
+    monkeypatch.setattr(runner.Workshop, "_measure", None)  # whatever calls it fails
     code, again, err = run(path, "-o", out)
     assert code == 0 and again == shown and err.count(": done before\n") == 6
     assert before == {p: p.stat().st_mtime_ns for p in (out / "cells").rglob("*")}
@@ -237,8 +245,8 @@ def test_a_failed_cell_leaves_the_rest(run: Run, write: Write, make_parts, tmp_p
     assert len(metrics_of(out)) == 3
     home = out / "cells" / "anomaly-dino+4-shot+seed-0+across"
     assert "draw fewer" in (home / "error.txt").read_text()
-    missing = [(x["category"], x["i_auroc"]) for x in lines_of(out) if x["status"] == "not run"]
-    assert missing == [("across", ""), ("mean", "")]
+    missing = [(x["category"], x["value"]) for x in lines_of(out) if x["status"] == "not run"]
+    assert missing == [("across", "")]
     text = (out / "results.md").read_text()
     assert "| anomaly-dino | default | 4 | 1 | not run |" in text and "not run" in shown
     assert f"- {failed}: error: 4 shots" in text and "3 of 4 models" in text
@@ -258,7 +266,7 @@ def test_a_bad_test_image_and_a_fault_of_ours_fail_the_cell(
     def broken(*_: object) -> None:
         raise RuntimeError("a bug\nof ours")
 
-    monkeypatch.setattr(runner, "_measure", broken)
+    monkeypatch.setattr(runner.Workshop, "_measure", broken)
     code, _, err = run(path, "-o", out)
     assert code == 2 and "error: RuntimeError: a bug of ours" in err
     assert "Traceback" in next(out.glob("cells/*/error.txt")).read_text()
@@ -290,7 +298,7 @@ def test_a_trained_method_keeps_its_log_and_json_has_the_table(
 def test_a_stopped_training_goes_on_from_its_checkpoint(
     trained: Write, make_parts, tmp_path: Path
 ) -> None:
-    (cell,) = plan(load_config(trained(data=str(make_parts(("plate",), good=4)))))
+    (cell,) = plan(load_part(trained(data=str(make_parts(("plate",), good=4)))))
     home = tmp_path / "cell"
     setup = kept.prepare(cell, home)
     assert not setup.resume and setup.folder is not None
@@ -306,9 +314,9 @@ def test_a_reduced_precision_is_another_training_and_stands_in_the_results(
     run: Run, trained: Write, make_parts, tmp_path: Path
 ) -> None:
     parts, out = make_parts(("plate",), good=4), tmp_path / "out"
-    (full,) = plan(load_config(trained(data=str(parts))))
+    (full,) = plan(load_part(trained(data=str(parts))))
     path = trained(data=str(parts), precision="bf16-mixed")
-    (reduced,) = plan(load_config(path))
+    (reduced,) = plan(load_part(path))
     assert full.sha256 != reduced.sha256 and "precision" not in full.configuration
     assert kept.prepare(full, tmp_path / "full").precision == "32-true"
     assert kept.prepare(reduced, tmp_path / "reduced").precision == "bf16-mixed"
@@ -335,6 +343,9 @@ def test_zero_shot_is_measured_on_other_data(
 
 
 # ---- tables -------------------------------------------------------------------------------------
+
+
+PART = BenchmarkConfig(title="t", methods=("m",), setting="single")
 
 
 def outcome(config: Any, seed: int, category: str, p_ap: float | None) -> Outcome:
@@ -377,11 +388,12 @@ def test_means_and_deviations_over_seeds() -> None:
     spread = row.summary()["metrics"]["p_ap"]
     assert spread["mean"] == pytest.approx(0.5)
     assert spread["sd"] == pytest.approx(0.08**0.5)  # of 0.3 and 0.7: 2 * 0.2 ** 2 / (2 - 1)
-    assert row.texts()[3] == "2 of 3" and row.texts()[4] == "\N{EN DASH}"
+    (line,) = main_table([row], PART).rows
+    assert line[3] == "2 of 3" and line[4] == "\N{EN DASH}"
     first = row.summary("a")["metrics"]["p_ap"]
     assert first["sd"] == pytest.approx(statistics.stdev([0.2, 0.6, 0.9]))
     # The interval of three seeds spans them: a resample is all the lowest in 1 of 27 draws.
-    assert "0.567 ± 0.351 [0.200, 0.900]" in row.texts("a")
+    assert "0.567 ± 0.351 [0.200, 0.900]" in main_table([row], PART, "a").rows[0]
 
 
 # ---- what is refused ----------------------------------------------------------------------------
@@ -419,7 +431,7 @@ SLIPS: list[tuple[dict[str, Any], list[str]]] = [
 @pytest.mark.parametrize(("keys", "words"), SLIPS, ids=[str(keys) for keys, _ in SLIPS])
 def test_slips_are_one_line_that_names_them(write: Write, keys: Any, words: list[str]) -> None:
     with pytest.raises(InputError) as refused:
-        load_config(write(**({"data": "x"} | keys)))
+        load_part(write(**({"data": "x"} | keys)))
     assert "\n" not in str(refused.value)
     for word in words:
         assert word in str(refused.value)
@@ -427,9 +439,9 @@ def test_slips_are_one_line_that_names_them(write: Write, keys: Any, words: list
 
 def test_zero_shot_needs_other_test_data(trained: Write) -> None:
     with pytest.raises(InputError, match="--test"):
-        load_config(trained(setting="zero-shot", data="x"))
+        load_part(trained(setting="zero-shot", data="x"))
     with pytest.raises(InputError, match="never trained on"):
-        load_config(trained(setting="zero-shot", data="x", test="./x"))
+        load_part(trained(setting="zero-shot", data="x", test="./x"))
 
 
 def test_files_that_are_no_configuration(tmp_path: Path) -> None:
@@ -437,11 +449,11 @@ def test_files_that_are_no_configuration(tmp_path: Path) -> None:
     for content in ("title: [", "title: Tiny\n- 1", "only words", ""):
         path.write_text(content)
         with pytest.raises(InputError, match=r"odd\.yaml"):
-            load_config(path)
+            load_part(path)
     with pytest.raises(InputError, match="no such file"):
-        load_config("elsewhere.yaml")
+        load_part("elsewhere.yaml")
     with pytest.raises(InputError, match="did you mean 'inp-former-ablation'"):
-        load_config("inp-former-ablatoin")
+        load_part("inp-former-ablatoin")
 
 
 def test_the_command_says_what_is_missing(run: Run, tmp_path: Path, write: Write) -> None:

@@ -10,10 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from anomalyst import Detector, load_dataset
-from anomalyst.benchmark.config import load_config
 from anomalyst.errors import InputError
 from anomalyst.features import weights as store
-from conftest import CLIP, texture
+from conftest import CLIP, load_part, texture
 
 
 def changed(path: Path, given: str, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
@@ -30,10 +29,10 @@ def only_images(tensors: dict[str, torch.Tensor]) -> None:
 
 
 def test_a_benchmark_takes_the_methods_own_backbone_for_auto(clip_weights: str) -> None:
-    config = load_config("anople-ablation", data=[Path("x")])
+    config = load_part("anople-ablation", data=[Path("x")])
     (first, *_) = config.variants
     assert config.arguments("anople", first)["backbone"] == "clip-vit-b-16-plus-240"
-    named = load_config("anople-ablation", data=[Path("x")], backbone=CLIP, weights="file:w")
+    named = load_part("anople-ablation", data=[Path("x")], backbone=CLIP, weights="file:w")
     chosen = named.arguments("anople", first)
     assert (chosen["backbone"], chosen["weights"]) == (CLIP, "file:w")
 

@@ -8,6 +8,7 @@ import platform
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +23,13 @@ from anomalyst.data.masks import mask_at
 from anomalyst.detector import Detector
 from anomalyst.errors import InputError
 from anomalyst.files import replace_file
-from anomalyst.metrics import ImageMetrics, ImageResult, PixelMetrics, PixelResult
+from anomalyst.metrics import (
+    ImageMetrics,
+    ImageResult,
+    PixelMetrics,
+    PixelResult,
+    binary_metrics,
+)
 from anomalyst.promises import belonging
 from anomalyst.types import BoolArray, FloatArray, Prediction, Progress, Sample, ScoreMap
 
@@ -71,7 +78,37 @@ class CategoryEvaluation:
         if sample.label == 1 and mask is None:
             return  # where its defect is, nobody knows: no pixel of it counts
         self.masks += mask is not None
-        self.pixel_metrics.update(*_at_eval_size(score_map, mask, eval_size))
+        group = None if sample.label == 0 else defect_name(sample)
+        self.pixel_metrics.update(*_at_eval_size(score_map, mask, eval_size), group)
+
+    @property
+    def defects(self) -> dict[str, dict[str, Any]]:
+        """Each type of defect's number of images and metrics beside all normal images."""
+        scores: dict[str | None, list[float]] = {None: []}
+        for sample, prediction in zip(self.samples, self.predictions, strict=True):
+            name = None if sample.label == 0 else defect_name(sample)
+            if prediction.score is not None:
+                scores.setdefault(name, []).append(prediction.score)
+        normal = scores.pop(None)
+        return {
+            name: self._figures_of(name, found, normal) for name, found in scores.items() if name
+        }
+
+    def _figures_of(
+        self, defect: str, scores: Sequence[float], normal: Sequence[float]
+    ) -> dict[str, Any]:
+        labels = [1] * len(scores) + [0] * len(normal)
+        image = binary_metrics([*scores, *normal], labels)
+        pixel = self.pixel_metrics.result_of(defect) if self.masks else None
+        values: dict[str, Any] = dict.fromkeys(METRICS)
+        values |= {f"i_{key}": value for key, value in image.items()}
+        values |= pixel.metrics() if pixel else {}
+        return {"n_normal": len(normal), "n_anomalous": len(scores), **values}
+
+
+def defect_name(sample: Sample) -> str:
+    """Return the type of an anomalous sample's defect, ``defect`` where it has no name."""
+    return sample.defect or "defect"
 
 
 def _at_eval_size(
@@ -203,6 +240,7 @@ def _summary(detector: Detector, judged: Judged) -> dict[str, Any]:
         "seed": detector.seed,
         "categories": rows,
         "mean": mean_metrics(list(rows.values())),
+        "defects": {name: category.defects for name, category in judged.categories.items()},
         "seconds": {"train": 0.0, "enroll": 0.0, **detector.seconds, "predict": judged.seconds},
         "images_per_second": judged.images / judged.seconds,
         "peak_rss_mb": peak_rss_mb(),
@@ -232,6 +270,12 @@ def peak_rss_mb() -> float | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
+
+
+def forget_peak_rss() -> None:
+    """Let the peak of `peak_rss_mb` start from now; elsewhere than on Linux it stays."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def environment() -> dict[str, Any]:

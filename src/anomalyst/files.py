@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from pathlib import Path
@@ -43,3 +44,12 @@ def make_folder(path: Path) -> None:
         raise InputError(
             f"{path}: no folder for results can be made there ({error.strerror}); name another"
         ) from None
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Tell whether an error is, or came of, a disk without room."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

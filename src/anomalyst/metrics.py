@@ -21,19 +21,22 @@ import numpy.typing as npt
 
 from anomalyst.components import label_regions
 from anomalyst.errors import InputError
+from anomalyst.pixel_store import (
+    Curve,
+    Histogram,
+    Pixels,
+    Tally,
+    group_starts,
+    pack_defects,
+    score_keys,
+    tally_of,
+)
 from anomalyst.types import BoolArray
 
-Curve = npt.NDArray[np.float64]
-_Counts = npt.NDArray[np.int64]
-_Keys = npt.NDArray[np.uint32]
-_PackedKeys = npt.NDArray[np.uint64]
 _Scores: TypeAlias = "Sequence[float] | npt.NDArray[np.floating[Any]]"
 _Labels: TypeAlias = "Sequence[int] | npt.NDArray[Any]"
 
 _CURVE_POINTS = 500
-# Sign, exponent and 13 bits of mantissa: bins 2^-13 wide relative to the score, 96 MiB in all.
-_BIN_BITS = 22
-_BLOCK_PIXELS = 2**20
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +104,7 @@ def binary_metrics(scores: _Scores, labels: _Labels) -> dict[str, float | None]:
     Equal to scikit-learn's ``roc_auc_score``, ``average_precision_score`` and the largest F1 of
     ``precision_recall_curve``; None where undefined, see `ImageResult`.
     """
-    tally = _tally_of(scores, labels)
+    tally = _tally(scores, labels)
     return {
         "auroc": _area(_roc(tally), 1.0),
         "ap": _average_precision(tally),
@@ -124,7 +127,7 @@ class ImageMetrics:
 
     def result(self) -> ImageResult:
         """Return the metrics of the images so far."""
-        tally = _tally_of(self._scores, self._labels)
+        tally = _tally(self._scores, self._labels)
         roc, pr = _roc(tally), _pr(tally)
         return ImageResult(
             auroc=_area(roc, 1.0),
@@ -140,7 +143,7 @@ class PixelMetrics:
 
     Exact while at most ``max_exact_pixels`` pixels are held (4 bytes a normal pixel, 8 a defect
     pixel, and as much again while `result` joins them). Beyond, all go into a histogram of fixed
-    size (96 MiB) and the result says how far it can be off.
+    size (96 MiB) and the result says how far it can be off; it no longer tells groups apart.
 
     Parameters
     ----------
@@ -153,22 +156,28 @@ class PixelMetrics:
             raise InputError(f"aupro_limit is {aupro_limit}: give a rate above 0 and at most 1")
         self._limit = aupro_limit
         self._max_exact_pixels = max_exact_pixels
-        self._store: _Pixels | _Histogram = _Pixels()
+        self._groups: dict[str | None, Pixels] = {}
+        self._histogram: Histogram | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes held for the pixels so far."""
-        return self._store.nbytes
+        folded = self._histogram.nbytes if self._histogram else 0
+        return folded + sum(pixels.nbytes for pixels in self._groups.values())
 
     def update(
-        self, score_map: npt.NDArray[np.floating[Any]], mask: BoolArray | None = None
+        self,
+        score_map: npt.NDArray[np.floating[Any]],
+        mask: BoolArray | None = None,
+        group: str | None = None,
     ) -> None:
         """Add an image: raw scores ``[H, W]`` and the mask of its defects, None for a normal image.
 
+        Images of a ``group``, such as a type of defect, can be measured apart from other groups.
         Scores of other types are rounded to float32. Raises `InputError` for scores that are not
         finite as float32, and for a mask of another shape or type.
         """
-        keys = _keys(score_map)
+        keys = score_keys(score_map)
         if mask is not None and mask.shape != keys.shape:
             raise InputError(
                 f"mask has shape {mask.shape} but the score map {keys.shape}: resize one of them"
@@ -177,19 +186,39 @@ class PixelMetrics:
             normal, defect = keys.ravel(), np.zeros(0, dtype=np.uint64)
         else:
             labels, _ = label_regions(mask)
-            normal, defect = keys[~mask], _pack(keys[mask], labels[mask])
-        if isinstance(self._store, _Pixels) and (
-            self._store.count + keys.size > self._max_exact_pixels
-        ):
-            self._store = self._store.fold()
-        self._store.add(normal, defect)
+            normal, defect = keys[~mask], pack_defects(keys[mask], labels[mask])
+        held = sum(pixels.count for pixels in self._groups.values())
+        if self._histogram is None and held + keys.size > self._max_exact_pixels:
+            self._fold()
+        store = self._histogram or self._groups.setdefault(group, Pixels())
+        store.add(normal, defect)
+
+    def _fold(self) -> None:
+        self._histogram = Histogram()
+        for pixels in self._groups.values():
+            pixels.fold(self._histogram)
+        self._groups.clear()
 
     def result(self) -> PixelResult:
         """Return the metrics of the images so far; more may be added afterwards."""
-        tally, weights = self._store.tally()
+        return self._result(self._histogram or Pixels.joined(list(self._groups.values())))
+
+    def result_of(self, group: str) -> PixelResult | None:
+        """Return the metrics of the images of one group and of those of none.
+
+        None where the pixels went into the histogram, or no image of the group was added.
+        """
+        if group not in self._groups:
+            return None
+        return self._result(
+            Pixels.joined([self._groups[key] for key in (None, group) if key in self._groups])
+        )
+
+    def _result(self, store: Pixels | Histogram) -> PixelResult:
+        tally, weights = store.tally()
         roc, pr, pro = _roc(tally), _pr(tally), _pro(tally, weights)
         shown = _cut(pro, self._limit)
-        exact = isinstance(self._store, _Pixels)
+        exact = isinstance(store, Pixels)
         return PixelResult(
             auroc=_area(roc, 1.0),
             ap=_average_precision(tally),
@@ -201,156 +230,6 @@ class PixelMetrics:
             pr=_thin(pr, pr[:, 0]),
             pro=_thin(shown, shown.sum(axis=1)),
         )
-
-
-@dataclass(frozen=True)
-class _Tally:
-    """What is met going down the distinct scores of positives.
-
-    ``positives`` counts the positives at each score, ``above`` the normals of a higher score and
-    ``reached`` the normals of that score or higher; int64 ``[k]``. ``normals`` counts all normals.
-    """
-
-    positives: _Counts
-    above: _Counts
-    reached: _Counts
-    normals: int
-
-
-class _Pixels:
-    """Keeps the ordered bits of every score; a defect pixel's lie over its region's area."""
-
-    def __init__(self) -> None:
-        self._normal: list[_Keys] = [np.zeros(0, dtype=np.uint32)]
-        self._defect: list[_PackedKeys] = [np.zeros(0, dtype=np.uint64)]
-        self.count = 0
-
-    @property
-    def nbytes(self) -> int:
-        return sum(part.nbytes for part in self._normal) + sum(part.nbytes for part in self._defect)
-
-    def add(self, normal: _Keys, defect: _PackedKeys) -> None:
-        self._normal.append(normal)
-        self._defect.append(defect)
-        self.count += len(normal) + len(defect)
-
-    def tally(self) -> tuple[_Tally, Curve]:
-        """Return the tally and each score's sum of ``1 / area``."""
-        normal = np.concatenate(self._normal)
-        # Areas break ties, so that no sum depends on the order of the images.
-        defect = np.sort(np.concatenate(self._defect))
-        self._normal, self._defect = [normal], [defect]
-        keys, areas = _unpack(defect)
-        starts = _group_starts(keys)
-        if not len(starts):
-            return _tally(keys, starts, normal), np.zeros(0)
-        close, apart = _settle(normal, keys[starts])
-        near = _tally(keys, starts, close)
-        above, reached = near.above + apart, near.reached + apart
-        tally = _Tally(near.positives, above, reached, len(normal))
-        return tally, np.add.reduceat(1.0 / areas, starts)[::-1]
-
-    def fold(self) -> _Histogram:
-        """Return a histogram of the pixels; this object is empty afterwards."""
-        histogram = _Histogram()
-        while self._normal:
-            normal, defect = self._normal.pop(), self._defect.pop()
-            for start in range(0, max(len(normal), len(defect)), _BLOCK_PIXELS):
-                part = slice(start, start + _BLOCK_PIXELS)
-                histogram.add(normal[part], defect[part])
-        return histogram
-
-
-class _Histogram:
-    """Counts pixels by the top bits of their scores; a bin counts as one score."""
-
-    def __init__(self) -> None:
-        self._normals = np.zeros(2**_BIN_BITS, dtype=np.int64)
-        self._positives = np.zeros(2**_BIN_BITS, dtype=np.int64)
-        self._weights = np.zeros(2**_BIN_BITS, dtype=np.float64)
-
-    @property
-    def nbytes(self) -> int:
-        return self._normals.nbytes + self._positives.nbytes + self._weights.nbytes
-
-    def add(self, normal: _Keys, defect: _PackedKeys) -> None:
-        keys, areas = _unpack(defect)
-        bins = _bins(keys)
-        np.add.at(self._normals, _bins(normal), 1)
-        np.add.at(self._positives, bins, 1)
-        np.add.at(self._weights, bins, 1.0 / areas)
-
-    def tally(self) -> tuple[_Tally, Curve]:
-        """Return the tally and each bin's sum of ``1 / area``."""
-        bins = np.flatnonzero(self._positives)[::-1]
-        at_or_below = np.cumsum(self._normals)
-        normals = int(at_or_below[-1])
-        above = normals - at_or_below[bins]
-        tally = _Tally(self._positives[bins], above, above + self._normals[bins], normals)
-        return tally, self._weights[bins]
-
-
-def _keys(score_map: npt.NDArray[np.floating[Any]]) -> _Keys:
-    """Return integers in the order of the float32 scores, equal where the scores are equal."""
-    if score_map.ndim != 2 or score_map.dtype.kind != "f":
-        raise InputError(
-            f"score map has shape {score_map.shape} and type {score_map.dtype}: "
-            "give a float array [height, width]"
-        )
-    with np.errstate(over="ignore"):
-        values = score_map.astype(np.float32)
-    finite = np.isfinite(values)
-    if not finite.all():
-        y, x = np.unravel_index(int(finite.argmin()), finite.shape)
-        raise InputError(
-            f"score map holds {score_map[y, x]} at row {y}, column {x}: "
-            "scores must be finite and within float32, mend what makes them"
-        )
-    values += np.float32(0)  # -0.0 becomes 0.0, which it equals
-    bits = values.view(np.uint32)
-    negative = (bits >> 31).astype(np.bool_)
-    return np.where(negative, ~bits, bits | np.uint32(1 << 31))
-
-
-def _pack(keys: _Keys, labels: npt.NDArray[np.int32]) -> _PackedKeys:
-    """Return each defect pixel's key in the upper half and its region's area in the lower."""
-    areas = np.bincount(labels)[labels].astype(np.uint64)
-    packed: _PackedKeys = (keys.astype(np.uint64) << np.uint64(32)) | areas
-    return packed
-
-
-def _settle(normal: _Keys, levels: _Keys) -> tuple[_Keys, _Counts]:
-    """Return the normals near a level, sorted, and how many others lie above each level.
-
-    Sorting all normals would be most of the work. Where no level shares a normal's bin of their
-    range, the bin alone tells how many levels it passes. ``levels`` ascend, the counts go down.
-    """
-    low, span = levels[0], int(levels[-1] - levels[0]) + 1
-    shift = np.uint32(max(span.bit_length() - _BIN_BITS, 0))
-    level_bins = (levels - low) >> shift
-    last_bin = level_bins[-1] + np.uint32(1)
-    in_bin = np.bincount(level_bins, minlength=int(last_bin) + 1)
-    near = len(levels) + 1
-    passed = np.where(in_bin > 0, near, np.cumsum(in_bin)).astype(np.int32)
-    counts = np.zeros(near + 1, dtype=np.int64)
-    close = []
-    for start in range(0, len(normal), _BLOCK_PIXELS):
-        block = normal[start : start + _BLOCK_PIXELS]
-        block = block[block >= low]
-        passes = passed[np.minimum((block - low) >> shift, last_bin)]
-        counts += np.bincount(passes, minlength=near + 1)
-        close.append(block[passes == near])
-    above = np.cumsum(counts[near - 1 : 0 : -1])
-    return np.sort(np.concatenate([*close, normal[:0]])), above
-
-
-def _unpack(defect: _PackedKeys) -> tuple[_Keys, _Keys]:
-    return (defect >> np.uint64(32)).astype(np.uint32), defect.astype(np.uint32)
-
-
-def _bins(keys: _Keys) -> npt.NDArray[np.intp]:
-    bins: npt.NDArray[np.intp] = (keys >> np.uint32(32 - _BIN_BITS)).astype(np.intp)
-    return bins
 
 
 def _checked(scores: _Scores, labels: _Labels) -> tuple[Curve, npt.NDArray[Any]]:
@@ -370,42 +249,24 @@ def _checked(scores: _Scores, labels: _Labels) -> tuple[Curve, npt.NDArray[Any]]
     return values, classes
 
 
-def _tally_of(scores: _Scores, labels: _Labels) -> _Tally:
+def _tally(scores: _Scores, labels: _Labels) -> Tally:
     values, classes = _checked(scores, labels)
     positives = np.sort(values[classes == 1])
-    return _tally(positives, _group_starts(positives), np.sort(values[classes == 0]))
+    return tally_of(positives, group_starts(positives), np.sort(values[classes == 0]))
 
 
-def _group_starts(ascending: npt.NDArray[Any]) -> npt.NDArray[np.intp]:
-    """Return where each run of equal values begins."""
-    return np.flatnonzero(np.append(len(ascending) > 0, ascending[1:] != ascending[:-1]))
-
-
-def _tally(
-    positives: npt.NDArray[Any], starts: npt.NDArray[np.intp], normals: npt.NDArray[Any]
-) -> _Tally:
-    """Count for ascending scores of positives, in groups that begin at ``starts``, and normals."""
-    scores = positives[starts]
-    return _Tally(
-        positives=np.diff(np.append(starts, len(positives)))[::-1],
-        above=(len(normals) - np.searchsorted(normals, scores, side="right"))[::-1],
-        reached=(len(normals) - np.searchsorted(normals, scores, side="left"))[::-1],
-        normals=len(normals),
-    )
-
-
-def _roc(tally: _Tally) -> Curve:
+def _roc(tally: Tally) -> Curve:
     found = np.cumsum(tally.positives)
     return _against_fpr(tally, found / max(int(tally.positives.sum()), 1))
 
 
-def _pro(tally: _Tally, weights: Curve) -> Curve:
+def _pro(tally: Tally, weights: Curve) -> Curve:
     # The weights of one region sum to 1, so that the total is the number of regions.
     covered = np.cumsum(weights)
     return _against_fpr(tally, covered / covered[-1:])
 
 
-def _against_fpr(tally: _Tally, gained: Curve) -> Curve:
+def _against_fpr(tally: Tally, gained: Curve) -> Curve:
     """Return the corners of the curve of ``gained`` against the false-positive rate."""
     if not tally.normals or not len(gained):
         return np.zeros((0, 2))
@@ -419,7 +280,7 @@ def _against_fpr(tally: _Tally, gained: Curve) -> Curve:
     return curve
 
 
-def _pr(tally: _Tally) -> Curve:
+def _pr(tally: Tally) -> Curve:
     """Return (recall, precision) from the highest threshold down, without a made-up first point."""
     found = np.cumsum(tally.positives)
     return np.column_stack((found / found[-1:], found / (found + tally.reached)))
@@ -452,21 +313,21 @@ def _area(curve: Curve, limit: float) -> float | None:
     return float(np.sum(np.diff(x) * (y[1:] + y[:-1])) / (2 * limit))
 
 
-def _average_precision(tally: _Tally) -> float | None:
+def _average_precision(tally: Tally) -> float | None:
     if not len(tally.positives):
         return None
     found = np.cumsum(tally.positives)
     return float(np.sum(tally.positives * (found / (found + tally.reached))) / found[-1])
 
 
-def _f1max(tally: _Tally) -> float | None:
+def _f1max(tally: Tally) -> float | None:
     if not len(tally.positives):
         return None
     found = np.cumsum(tally.positives)
     return float(np.max(2 * found / (found[-1] + found + tally.reached)))
 
 
-def _error_bound(tally: _Tally, roc: Curve, pro: Curve, limit: float) -> ErrorBound:
+def _error_bound(tally: Tally, roc: Curve, pro: Curve, limit: float) -> ErrorBound:
     """Bound the errors by the best and the worst order of the scores inside every bin."""
     # Best: all positives of a bin before its normals.
     best = replace(tally, reached=tally.above)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from anomalyst.metrics import Curve
+from anomalyst.pixel_store import Curve
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -12,7 +12,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, ClassVar
 
-from anomalyst.benchmark.config import ONE_EACH, SHIPPED_BUNDLE, BenchmarkConfig
+from anomalyst.benchmark.config import ONE_EACH, SHIPPED_BUNDLE, UNSEEN, BenchmarkConfig
 from anomalyst.bundle import read_bundle
 from anomalyst.data.layouts import Dataset, load_together
 from anomalyst.errors import InputError
@@ -115,6 +115,8 @@ class Cell:
         Of the training and of the test data.
     train
         What is learned from; for ``generalist`` the target, which the references are drawn from.
+    part
+        Of the benchmark, empty where it has only one.
     """
 
     record: ClassVar[str] = "cell.json"
@@ -131,6 +133,7 @@ class Cell:
     test: Dataset
     generalist: Generalist | None = None
     precision: Precision = FULL
+    part: str = ""
 
     @property
     def abnormal(self) -> int | None:
@@ -143,8 +146,9 @@ class Cell:
         shots = f"{self.shots} shot" + "s" * (self.shots != 1) if self.shots else None
         variant = None if self.variant == "default" else self.variant
         abnormal = f"{self.abnormal} abnormal" if self.generalist else None
-        parts = (self.method, variant, shots, abnormal, f"seed {self.seed}", self.category)
-        return ", ".join(part for part in parts if part)
+        made = (self.method, variant, shots, abnormal, f"seed {self.seed}", self.category)
+        words = ", ".join(part for part in made if part)
+        return f"{self.part}: {words}" if self.part else words
 
     @property
     def name(self) -> str:
@@ -153,7 +157,8 @@ class Cell:
         variant = None if self.variant == "default" else _file_name(self.variant)
         category = self.category and _file_name(self.category)
         abnormal = f"{self.abnormal}-abnormal" if self.generalist else None
-        parts = (self.method, variant, shots, abnormal, f"seed-{self.seed}", category)
+        part = self.part and _file_name(self.part)
+        parts = (part, self.method, variant, shots, abnormal, f"seed-{self.seed}", category)
         return "+".join(part for part in parts if part)
 
     @cached_property
@@ -220,7 +225,7 @@ def plan(config: BenchmarkConfig) -> list[Cell]:
         for shots, seed, part in product(config.shots or (None,), config.seeds, parts):
             chosen = (method, variant.name, config.setting, shots, seed, part[0])
             more = (config.eval_size, arguments, folders, *part[1:])
-            cells.append(Cell(*chosen, *more, precision=config.precision))
+            cells.append(Cell(*chosen, *more, precision=config.precision, part=config.name))
     return cells
 
 
@@ -230,13 +235,17 @@ def _parts(config: BenchmarkConfig) -> Iterator[tuple[str | None, Dataset, Datas
     test = load_together(config.test) if config.test else train
     if config.categories:
         test = test.only(config.categories)
-        if config.setting != "zero-shot":  # there they say what is tested
+        if config.setting not in UNSEEN:  # there they say what is tested
             train = train.only(config.categories)
     if config.setting not in ONE_EACH:
         yield None, train, test
         return
-    for name in train.categories:
-        yield name, train.only([name]), test.only([name])
+    others = config.setting == "leave-one-out"
+    if others and len(train.categories) < 2:
+        raise InputError(f"{train.root}: leave-one-out needs two categories or more")
+    for name in test.categories:
+        learned = [other for other in train.categories if (other == name) != others]
+        yield name, train.only(learned), test.only([name])
 
 
 def _require_test(data: Dataset) -> None:
@@ -260,10 +269,9 @@ def _generalist_cells(config: BenchmarkConfig) -> Iterator[Cell]:
         if spec.trains_on and source:
             learned = (arguments, config.seeds[0], config.data, source, config.precision)
             training = SourceTraining(method, *learned)
-        counts = [count for count in config.abnormal if not count or spec.abnormal_references]
-        for shots, abnormal, seed in product(config.shots, counts, config.seeds):
+        for shots, abnormal, seed in product(config.shots, config.counts_of(method), config.seeds):
             more = Generalist(
-                abnormal,
+                abnormal or 0,
                 bool(abnormal) and config.references == "type",
                 training,
                 bundle,
@@ -272,7 +280,7 @@ def _generalist_cells(config: BenchmarkConfig) -> Iterator[Cell]:
             )
             chosen = (method, variant.name, config.setting, shots, seed, None, config.eval_size)
             folders = (config.test, config.test)
-            yield Cell(*chosen, arguments, folders, target, target, more)
+            yield Cell(*chosen, arguments, folders, target, target, more, part=config.name)
 
 
 def _contents(bundle: str) -> Mapping[str, str]:

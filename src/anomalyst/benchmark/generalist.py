@@ -34,7 +34,7 @@ class Trainings:
     def start(self, cell: Cell, more: Generalist, progress: Progress | None) -> Detector:
         """Return the detector that knows no product yet, after its training if need be."""
         if more.training:
-            path = self._bundle(more.training, progress)
+            path = self.bundle(more.training, progress)
             return self._load(path, more.at_test)
         if more.bundle:
             return self._given(cell.method, more.bundle)
@@ -60,8 +60,14 @@ class Trainings:
             )
         return found
 
-    def _bundle(self, training: SourceTraining, progress: Progress | None) -> Path:
-        """Return the trained bundle; a training that failed in this run is not tried again."""
+    def bundle(self, training: SourceTraining, progress: Progress | None) -> Path:
+        """Return the trained bundle; a training that failed in this run is not tried again.
+
+        Raises
+        ------
+        Exception
+            Whatever the training failed of.
+        """
         home = self.folder / training.sha256[:16]
         bundle = home / _BUNDLE
         if is_same(training, home) and (bundle / MANIFEST).exists():

@@ -13,10 +13,12 @@ from anomalyst.data.images import display_name, folder_entries
 from anomalyst.data.split_readers import find_realiad, find_visa, read_realiad, read_visa
 from anomalyst.data.tree_readers import (
     Split,
+    find_bmad,
     find_btad,
     find_folder,
     find_mpdd,
     find_mvtec,
+    read_bmad,
     read_btad,
     read_folder,
     read_mvtec,
@@ -59,12 +61,18 @@ LAYOUTS = {
     "realiad": Layout(
         "realiad_jsons/CATEGORY.json, realiad_1024/CATEGORY", find_realiad, read_realiad
     ),
+    "bmad": Layout(
+        "[CATEGORY/]{train/good, test/{good, Ungood}/{img, label}}", find_bmad, read_bmad
+    ),
     "folder": Layout(
         "[CATEGORY/]{good (or ok, normal), DEFECT, masks}, or nothing but good images",
         find_folder,
         read_folder,
     ),
 }
+
+
+_KINDS_OF_MVTEC = ("mpdd", "bmad")  # each is read as what it is, not as mvtec
 
 
 @dataclass(frozen=True)
@@ -236,8 +244,9 @@ def _require_folder(root: Path) -> None:
 def _recognise(root: Path) -> tuple[str, dict[str, Path]]:
     """Return the one layout that fits, with the categories in it."""
     fits = {name: found for name, layout in LAYOUTS.items() if (found := layout.find(root))}
-    if "mpdd" in fits:  # a kind of mvtec
-        del fits["mvtec"]
+    for kind in _KINDS_OF_MVTEC:
+        if kind in fits and set(fits.get("mvtec", {})) <= set(fits[kind]):
+            fits.pop("mvtec", None)
     if len(fits) == 1:
         return fits.popitem()
     if fits:

@@ -1,4 +1,4 @@
-"""Layouts that are told by their folders: MVTec AD, MPDD, BTAD and folders of images.
+"""Layouts that are told by their folders: MVTec AD, MPDD, BTAD, BMAD and folders of images.
 
 A layout is a pair of functions: ``find_...`` maps the categories below a root to their folders
 (none means that the root has another layout), ``read_...`` returns the (train, test) samples of one
@@ -8,8 +8,9 @@ category. What lies beside the folders that a layout names is ignored.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from anomalyst.data.images import IMAGE_SUFFIXES, display_name, folder_entries, list_images
 from anomalyst.errors import InputError
@@ -22,8 +23,27 @@ MPDD_CATEGORIES = frozenset(
 )
 GOOD_FOLDERS = frozenset({"good", "ok", "normal"})
 MASK_FOLDERS = frozenset({"masks", "mask", "ground_truth"})
-NO_CATEGORY = MASK_FOLDERS | {"train", "test"}
+NO_CATEGORY = MASK_FOLDERS | {"train", "test", "val", "valid", "validation"}
 TEST_EVERY = 5
+
+
+class BmadForm(NamedTuple):
+    """Where a category of BMAD has what; ``{}`` stands for ``good`` or ``Ungood``."""
+
+    train: str
+    images: str
+    masks: str
+
+
+# Each of BMAD's data sets is laid out in another way; the first form that fits counts.
+BMAD_FORMS = (
+    BmadForm("train/good", "test/{}/img", "test/{}/label"),  # brain
+    BmadForm("train/good", "test/img/{}", "test/label/{}"),  # liver
+    BmadForm("Train/train/good", "Test/test/{}", "Test/test_label/{}"),  # retina (RESC)
+    BmadForm("train/good", "test/{}", "ground_truth/{}"),  # chest, OCT2017, tissue: no masks
+    BmadForm("valid/good/img", "test/{}/img", "test/{}/anomaly_mask"),  # as MVFA hands it on
+)
+BMAD_BAD = ("Ungood", "ungood")
 
 
 def find_mvtec(root: Path) -> dict[str, Path]:
@@ -50,6 +70,41 @@ def find_btad(root: Path) -> dict[str, Path]:
 def read_btad(category: str, folder: Path, _root: Path) -> Split:
     """Read ``train/ok``, ``test/{ok,ko}`` and ``ground_truth/ko/STEM`` (png; bmp in 03)."""
     return _read_split(category, folder, "ok")
+
+
+def find_bmad(root: Path) -> dict[str, Path]:
+    """Find the folders with test images called ``Ungood``, or take the root when it has some."""
+    if any(_bmad_forms(root)):
+        return {root.resolve().name: root}
+    return {name: root / name for name in sub_folders(root) if any(_bmad_forms(root / name))}
+
+
+def read_bmad(category: str, folder: Path, _root: Path) -> Split:
+    """Read the training images, the ``good`` and ``Ungood`` test images, and the latter's masks.
+
+    What BMAD holds out for validation is not read. MVFA's download (Huang et al., CVPR 2024) has no
+    training images; its good images for validation are the references, there as here.
+    """
+    form, bad = next(_bmad_forms(folder))
+    training = folder / form.train
+    if os.path.isdir(training / "img"):
+        training /= "img"
+    test: list[Sample] = []
+    good = folder / form.images.format("good")
+    if os.path.isdir(good):
+        test += _samples(list_images(good), category, "good", {})
+    masks = _masks_in(folder / form.masks.format(bad))
+    test += _samples(list_images(folder / form.images.format(bad)), category, bad, masks)
+    test.sort(key=lambda sample: sample.path.parts)
+    return _samples(list_images(training), category, "good", {}), test
+
+
+def _bmad_forms(folder: Path) -> Iterator[tuple[BmadForm, str]]:
+    """Yield the forms that a folder has, each with what it calls defective images."""
+    for form in BMAD_FORMS:
+        for bad in BMAD_BAD:
+            if all(os.path.isdir(folder / name) for name in (form.train, form.images.format(bad))):
+                yield form, bad
 
 
 def find_folder(root: Path) -> dict[str, Path]:
