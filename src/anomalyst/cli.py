@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from io import TextIOWrapper
 from pathlib import Path
@@ -13,6 +14,7 @@ import typer
 
 from anomalyst.cli_benchmark import benchmark
 from anomalyst.cli_options import (
+    Address,
     Alpha,
     AlphaReview,
     Bundle,
@@ -22,6 +24,7 @@ from anomalyst.cli_options import (
     Data,
     Device,
     Devices,
+    EngineName,
     Epochs,
     ImageSize,
     Json,
@@ -36,7 +39,9 @@ from anomalyst.cli_options import (
     Training,
     TrainingPrecision,
     Weights,
+    Workers,
 )
+from anomalyst.cli_profile import profile
 from anomalyst.cli_synthesis import pseudo_anomalies
 from anomalyst.cli_weights import weights_app
 from anomalyst.console import progress, say, show_json, show_metrics, show_table
@@ -233,7 +238,9 @@ def calibrate(
 @app.command()
 def predict(
     bundle: Bundle,
-    images: Annotated[list[Path], typer.Argument(help="Images, or folders of them.")],
+    images: Annotated[
+        list[str], typer.Argument(help="Images, folders, Parquet lists, or URLs of them.")
+    ],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the results.")],
     category: Annotated[
         str | None, typer.Option(help="The product on all images (default: found by similarity).")
@@ -245,22 +252,43 @@ def predict(
         bool, typer.Option("--overlays", help="Write each image under its heat map as .png.")
     ] = False,
     device: Device = "auto",
+    engine: EngineName = "plain",
+    address: Address = None,
+    workers: Workers = None,
     as_json: Json = False,
 ) -> None:
     """Judge images: predictions.jsonl, one line an image, in input order."""
     from anomalyst.detector import Detector
     from anomalyst.predictions import OutputChoice, write_predictions
     from anomalyst.promises import require_levels
+    from anomalyst.scale.predicting import Placement, predict_on_ray
+    from anomalyst.scale.sources import list_sources
     from anomalyst.settings import given_decision
 
-    detector = Detector.load(bundle, device=device)
+    ray = engine == "ray"
+    if not ray and (address or workers):
+        raise InputError("--address and --workers say how Ray works: add --engine ray")
+    detector = Detector.load(bundle, device="cpu" if ray else device)
     detector.decision = given_decision(alpha, alpha_review, detector.decision)
     concerned = (category,) if category else detector.categories
     require_levels(detector, (alpha, alpha_review), concerned)
-    sources = [path for given in images for path in _expand(given)]
+    sources = list_sources(images)
+    wanted: Any = {"category": category, "choice": OutputChoice(maps, overlays)}
+    if ray:
+        placement = Placement(address, workers, device)
+        records = predict_on_ray(bundle, detector, sources, output, placement, **wanted)
+    else:
+        records = write_predictions(detector, sources, output, **wanted)
+    counts = _follow(records, len(sources), as_json)
+    if not as_json:
+        print(output / "predictions.jsonl")
+    if counts.get("error"):
+        raise typer.Exit(2)
+
+
+def _follow(records: Iterable[Mapping[str, object]], total: int, as_json: bool) -> dict[str, int]:
+    """Show records as they come, and return how many there are of each verdict."""
     counts: dict[str, int] = {}
-    choice = OutputChoice(maps, overlays)
-    records = write_predictions(detector, sources, output, category=category, choice=choice)
     with progress() as advance:
         for done, record in enumerate(records, start=1):
             word = "error" if record["error"] else str(record["verdict"] or "not calibrated")
@@ -269,12 +297,9 @@ def predict(
                 say(f"error: {record['error']}")
             if as_json:
                 print(json.dumps(record), flush=True)
-            advance("predict", done, len(sources))
+            advance("predict", done, total)
     say(", ".join(f"{count} {word}" for word, count in sorted(counts.items())))
-    if not as_json:
-        print(output / "predictions.jsonl")
-    if counts.get("error"):
-        raise typer.Exit(2)
+    return counts
 
 
 @app.command()
@@ -316,6 +341,7 @@ def evaluate(
 
 
 app.command()(benchmark)
+app.command()(profile)
 app.command()(pseudo_anomalies)
 
 
@@ -356,18 +382,6 @@ def _cache(folder: Path | None) -> Any:
     from anomalyst.features.cache import FeatureCache
 
     return FeatureCache(folder)
-
-
-def _expand(path: Path) -> list[Path]:
-    """Return the images below a folder; what is none stays, and becomes a line of its own."""
-    from anomalyst.data.images import list_images
-
-    if not path.is_dir():
-        return [path]
-    try:
-        return list_images(path, recursive=True)
-    except InputError:
-        return [path]
 
 
 def _tell_state(detector: Any, bundle: Path, as_json: bool) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -15,7 +15,7 @@ Categories = Annotated[
 ]
 Layout = Annotated[
     str | None,
-    typer.Option(help="Force the layout: mvtec, visa, btad, mpdd, realiad or folder."),
+    typer.Option(help="Force the layout: mvtec, visa, btad, mpdd, realiad, bmad or folder."),
 ]
 Alpha = Annotated[
     float | None,
@@ -62,4 +62,14 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 CacheFolder = Annotated[
     Path | None,
     typer.Option("--feature-cache", help="Keep frozen features here, for repeated runs."),
+]
+
+EngineName = Annotated[
+    Literal["plain", "ray"], typer.Option("--engine", help="This process, or a Ray cluster.")
+]
+Address = Annotated[
+    str | None, typer.Option(help="Ray: the cluster's address (default: one on this machine).")
+]
+Workers = Annotated[
+    int | None, typer.Option(min=1, help="Ray: processes that judge (default: one a core).")
 ]

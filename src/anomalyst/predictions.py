@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ import numpy as np
 
 from anomalyst.errors import InputError
 from anomalyst.files import replace_file
+from anomalyst.scale.sources import Source, judge
 from anomalyst.types import Prediction
 
 if TYPE_CHECKING:
@@ -53,7 +55,7 @@ class OutputChoice:
 
 def write_predictions(
     detector: Detector,
-    images: Iterable[ImageSource],
+    images: Iterable[ImageSource | Source],
     folder: Path,
     *,
     category: str | None = None,
@@ -70,19 +72,51 @@ def write_predictions(
     InputError
         The folder cannot be written.
     """
-    wanted = choice or OutputChoice()
-    found = detector.predict(images, category=category, keep_pixels=wanted.overlays)
-    try:
+    records = judge_into(detector, images, folder, category=category, choice=choice)
+    with writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
         partial = folder / f"{FILE}.partial"
-        # A file name may hold bytes that are no text: they are written as escapes.
-        with partial.open("w", encoding="utf-8", errors="backslashreplace") as lines:
-            for number, prediction in enumerate(found):
-                record = _write_one(detector, prediction, folder, number, wanted)
-                lines.write(json.dumps(record, ensure_ascii=False) + "\n")
+        with partial.open("wb") as lines:
+            for record in records:
+                lines.write(to_line(record))
                 lines.flush()
                 yield record
         partial.replace(folder / FILE)
+
+
+def judge_into(
+    detector: Detector,
+    images: Iterable[ImageSource | Source],
+    folder: Path,
+    *,
+    category: str | None = None,
+    choice: OutputChoice | None = None,
+    first: int = 0,
+) -> Iterator[dict[str, object]]:
+    """Return one record an image, lazily; its map and overlay are in the folder by then.
+
+    ``first`` is the place of the first image in the whole list: files are named by it.
+    """
+    wanted = choice or OutputChoice()
+    found = judge(detector, images, category, wanted.overlays)
+    return (
+        _write_one(detector, prediction, folder, number, wanted)
+        for number, prediction in enumerate(found, first)
+    )
+
+
+def to_line(record: Mapping[str, object]) -> bytes:
+    """Return a record as a line of ``predictions.jsonl``."""
+    # A file name may hold bytes that are no text: they are written as escapes.
+    text = json.dumps(record, ensure_ascii=False) + "\n"
+    return text.encode("utf-8", "backslashreplace")
+
+
+@contextmanager
+def writing_to(folder: Path) -> Iterator[None]:
+    """Turn what stands in the way of writing results into an `InputError`."""
+    try:
+        yield
     except OSError as error:
         raise InputError(
             f"{folder}: cannot write results ({error.strerror or error}); "

@@ -69,7 +69,8 @@ def token_weights(similarity: Tensor, threshold: float | None = None) -> Tensor:
     to 0, and then divided by their sum. Eq. 7 divides by the sum of the similarities themselves,
     which may be 0 or less; the released code does as is done here.
     """
-    low, high = similarity.aminmax(dim=-1, keepdim=True)
+    # Not aminmax: older versions of torch have no derivative of it.
+    low, high = similarity.amin(-1, keepdim=True), similarity.amax(-1, keepdim=True)
     scaled = (similarity - low) / (high - low).clamp(min=_LEAST)
     threshold = 1 / similarity.shape[-1] if threshold is None else threshold
     kept = torch.where(scaled >= threshold, scaled, 0)
