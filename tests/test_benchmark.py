@@ -156,7 +156,7 @@ def test_shipped_configurations_load_and_name_their_command(
     copy = tmp_path / "copy.yaml"  # on a backbone that every machine has
     copy.write_text(f"{text}backbone: {DEEP}\nweights: {deep_weights}\n")
     if "--root" not in given:
-        with pytest.raises(InputError, match="--data|--test"):
+        with pytest.raises(InputError, match=r"--(data|test)"):
             load_benchmark(copy)
     folders = {key: [given[f"--{key}"]] for key in ("data", "test") if f"--{key}" in given}
     found = load_benchmark(copy, root=given.get("--root"), **folders)

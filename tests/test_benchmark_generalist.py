@@ -12,10 +12,10 @@ import pytest
 import yaml
 
 from anomalyst import generalist
-from anomalyst.benchmark.cells import Outcome, plan
 from anomalyst.benchmark import SHIPPED
-from anomalyst.benchmark.reading import load_benchmark
+from anomalyst.benchmark.cells import Outcome, plan
 from anomalyst.benchmark.generalist import by_reference
+from anomalyst.benchmark.reading import load_benchmark
 from anomalyst.benchmark.references import draw_tasks
 from anomalyst.benchmark.runner import run_benchmark
 from anomalyst.data.layouts import Dataset, load_dataset

@@ -115,5 +115,3 @@ def _make(
         return None, failed, 0.0
     outcome = workshop.run(cells[number])
     return outcome.metrics, outcome.error, outcome.seconds
-
-
