@@ -87,6 +87,31 @@ def test_a_part_stands_over_what_is_shared_and_below_the_root(write: Write, tmp_
     assert first.published.rows[0].i_auroc == 0.9 and not second.published.rows
 
 
+def test_steps_go_to_the_parts_that_train(write: Write) -> None:
+    by_method = {"onenip": {"epochs": 4, "options": {"batch_size": 4}}}
+    parts = [
+        {"name": "a", "data": "x"},
+        {"name": "b", "data": "x", "setting": "multi", "shots": [], "methods": ["inp-former"]},
+        {
+            "name": "c",
+            "data": "x",
+            "setting": "multi",
+            "shots": [],
+            "methods": ["onenip"],
+            "by_method": by_method,
+            "variants": [{"name": "v", "options": {"epochs": 3}}],
+        },
+    ]
+    path = write(parts=parts, backbone="timm:test_vit2")
+    first, second, third = load_benchmark(path, steps=7).parts
+    assert first.steps is None
+    assert second.arguments("inp-former", second.variants[0])["options"] == {"steps": 7}
+    found = third.arguments("onenip", third.variants[0])["options"]
+    assert found == {"batch_size": 4, "steps": 7}
+    with pytest.raises(InputError, match="no method of it takes gradient steps"):
+        load_benchmark(write(), steps=7)
+
+
 def test_one_method_s_settings_are_its_own(write: Write) -> None:
     by_method = {"patchcore": {"image_size": 128, "options": {"coreset": 0.5}}}
     (part,) = load_benchmark(

@@ -10,8 +10,16 @@ import yaml
 
 from anomalyst.benchmark import SHIPPED, shipped
 from anomalyst.benchmark.checks import check
-from anomalyst.benchmark.config import Benchmark, BenchmarkConfig, Setting, Variant, validate
+from anomalyst.benchmark.config import (
+    Benchmark,
+    BenchmarkConfig,
+    MethodKeys,
+    Setting,
+    Variant,
+    validate,
+)
 from anomalyst.errors import InputError, unknown
+from anomalyst.methods.base import find_method
 
 _SHORTHAND = {"method": "methods"}  # a key for one value, and that of the list it stands for
 _LISTS = ("methods", "data", "test")
@@ -36,7 +44,7 @@ def load_benchmark(
     data, test
         Folders instead of those that it names; a benchmark of several parts takes none.
     steps
-        Training steps instead of all steps and epochs that it names.
+        Training steps instead of all steps and epochs that it names, in the parts that train.
     backbone, weights
         Instead of those that it names.
 
@@ -52,16 +60,18 @@ def load_benchmark(
         instead["data"] = list(data)
     if test:
         instead["test"] = list(test)
-    if steps is not None:
-        instead |= {"steps": steps, "epochs": None}
-    instead = {key: value for key, value in instead.items() if value is not None or key == "epochs"}
+    instead = {key: value for key, value in instead.items() if value is not None}
     given = _parts(raw, path.name)
     if len(given) > 1 and (data or test):
         raise InputError(
             f"{path.name}: has {len(given)} parts with folders of their own: give the folder that "
             "holds them with --root"
         )
-    parts = [_part(values | instead, root, steps, path.name) for values in given]
+    parts = [_part(values | instead, root, path.name) for values in given]
+    if steps is not None:
+        if not any(map(_trains, parts)):
+            raise InputError(f"{path.name}: no method of it takes gradient steps: leave steps out")
+        parts = [_with_steps(part, steps) if _trains(part) else part for part in parts]
     return Benchmark(parts[0].title, tuple(parts))
 
 
@@ -95,9 +105,7 @@ def _parts(raw: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
     return merged
 
 
-def _part(
-    values: Mapping[str, Any], root: Path | None, steps: int | None, where: str
-) -> BenchmarkConfig:
+def _part(values: Mapping[str, Any], root: Path | None, where: str) -> BenchmarkConfig:
     """Return one part, checked; its folders are below the root."""
     name = values.get("name")
     where = f"{where}: part {name!r}" if name else where
@@ -105,8 +113,6 @@ def _part(
     if root is not None:
         folders = {key: tuple(root / p for p in getattr(config, key)) for key in ("data", "test")}
         config = config.model_copy(update=folders)
-    if steps is not None:
-        config = _without_lengths(config)
     if config.setting == "multi" and len(config.data) > 1:
         config = config.model_copy(update={"setting": "super-multi"})
     check(config, where)
@@ -199,11 +205,29 @@ def _prepared(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     return values
 
 
-def _without_lengths(config: BenchmarkConfig) -> BenchmarkConfig:
-    """Drop the steps and epochs among the options: the command line gave others."""
+def _trains(part: BenchmarkConfig) -> bool:
+    """Tell whether any gradient steps are taken for a part."""
+    return part.bundle is None and any(find_method(name).trains_on for name in part.methods)
+
+
+def _with_steps(part: BenchmarkConfig, steps: int) -> BenchmarkConfig:
+    """Return the part with these steps, in place of all steps and epochs that it names."""
 
     def kept(options: Mapping[str, Any]) -> dict[str, Any]:
         return {key: value for key, value in options.items() if key not in ("steps", "epochs")}
 
-    variants = tuple(v.model_copy(update={"options": kept(v.options)}) for v in config.variants)
-    return config.model_copy(update={"options": kept(config.options), "variants": variants})
+    def without(keys: MethodKeys) -> MethodKeys:
+        given = {"steps": None, "epochs": None, "options": kept(keys.options)}
+        return keys.model_copy(update=given)
+
+    return part.model_copy(
+        update={
+            "steps": steps,
+            "epochs": None,
+            "options": kept(part.options),
+            "variants": tuple(
+                v.model_copy(update={"options": kept(v.options)}) for v in part.variants
+            ),
+            "by_method": {name: without(keys) for name, keys in part.by_method.items()},
+        }
+    )
