@@ -120,20 +120,23 @@ def load_part(source: str | Path, **instead: Any) -> BenchmarkConfig:
     return part
 
 
-@pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[None]:
-    """A Ray cluster of two nodes with a processor each, which this process is connected to."""
-    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
-    ray = pytest.importorskip("ray")
-    from ray.cluster_utils import Cluster
+@pytest.fixture(scope="module")
+def two_nodes() -> Iterator[None]:
+    """This process, connected to a cluster of two nodes with a core each."""
+    pytest.importorskip("ray")
+    from anomalyst.scale import cluster
 
-    node = {"num_cpus": 1, "object_store_memory": 2**27, "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args=node)
-    cluster.add_node(num_cpus=1, object_store_memory=2**27)
-    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
-    cluster.shutdown()
+    with cluster._environment(None):
+        from ray.cluster_utils import Cluster
+
+        small = {"num_cpus": 1, "object_store_memory": 2**27}
+        nodes = Cluster(initialize_head=True, head_node_args={**small, "include_dashboard": False})
+        nodes.add_node(**small)
+    try:
+        with cluster.connect(nodes.address):
+            yield
+    finally:
+        nodes.shutdown()
 
 
 @pytest.fixture

@@ -68,7 +68,7 @@ def figures(outcomes: list[Outcome]) -> list[Any]:
 
 
 def test_a_lost_worker_changes_nothing(
-    benchmark: Benchmark, tmp_path: Path, ray_cluster: None
+    benchmark: Benchmark, tmp_path: Path, two_nodes: None
 ) -> None:
     import ray
 
@@ -95,7 +95,7 @@ def test_a_lost_worker_changes_nothing(
 
 
 def test_a_full_disk_on_a_worker_ends_the_run(
-    benchmark: Benchmark, tmp_path: Path, ray_cluster: None
+    benchmark: Benchmark, tmp_path: Path, two_nodes: None
 ) -> None:
     import ray
 

@@ -24,7 +24,7 @@ from anomalyst import Detector
 from anomalyst.bundle import bundle_hash
 from anomalyst.errors import InputError
 from anomalyst.predictions import OutputChoice, write_predictions
-from anomalyst.scale import cluster, predicting
+from anomalyst.scale import predicting
 from anomalyst.scale.cluster import Share, connect, divide, share_out
 from anomalyst.scale.predicting import Placement, ShardJudge, predict_on_ray
 from anomalyst.scale.shards import Job, claim, hash_of, shard_size
@@ -82,23 +82,6 @@ def plain(detector: Detector, folder: Path, tmp_path_factory: pytest.TempPathFac
         None,
     }
     return out
-
-
-@pytest.fixture(scope="module")
-def two_nodes() -> Iterator[None]:
-    """This process, connected to a cluster of two nodes with a core each."""
-    pytest.importorskip("ray")
-    with cluster._environment(None):
-        from ray.cluster_utils import Cluster
-
-        small = {"num_cpus": 1, "object_store_memory": 2**27}
-        nodes = Cluster(initialize_head=True, head_node_args={**small, "include_dashboard": False})
-        nodes.add_node(**small)
-    try:
-        with connect(nodes.address):
-            yield
-    finally:
-        nodes.shutdown()
 
 
 @pytest.fixture
