@@ -136,7 +136,7 @@ SLIPS: list[tuple[dict[str, Any], list[str]]] = [
     ({"parts": [{"name": "a", "dta": "x"}]}, ["part 'a' in two.yaml", "did you mean 'data'"]),
     ({"parts": [{"name": "a", "data": "x", "title": "no"}]}, ["'title'"]),
     ({"parts": [{"name": "a", "data": "x", "setting": "zero-shot", "shots": []}]}, ["part 'a'"]),
-    ({"by_method": {"patchcore": {}}}, ["by_method", "'patchcore'", "Known: anomaly-dino"]),
+    ({"by_method": {"patchcroe": {}}}, ["by_method", "'patchcroe'", "'patchcore'"]),
     ({"by_method": {"anomaly-dino": {"optoins": {}}}}, ["by_method.anomaly-dino.optoins"]),
     ({"published": {"rows": []}}, ["published.source"]),
     ({"published": {"source": "p", "rows": [{"method": "m", "i_auroc": 96.5}]}}, ["i_auroc"]),
@@ -224,7 +224,7 @@ def test_missing_data_is_named_or_left_out(run: Run, write: Write, root: Path) -
     code, _, err = run(write(parts=parts), "-o", root / "out", "--root", root, "--skip-missing")
     assert code == 0 and "Second: left out" in err
     text = (root / "out" / "results.md").read_text().partition("## Second")[2]
-    assert "| anomaly-dino | default | 2 | 1 | not run | 0.913 | not run |" in text
+    assert "| anomaly-dino | default | 2 | 0 of 1 | not run | 0.913 | not run |" in text
     shutil.rmtree(root / "first")
     with pytest.raises(InputError, match="no such folder"):
         present(load_benchmark(write(), root=root), print)

@@ -145,7 +145,11 @@ def _by_cost(rows: Sequence[Row]) -> Iterator[Figure]:
         if peaks:
             memory[label_of(row)] = (max(peaks), spread["mean"])
     if len(seconds) > 1:
-        caption = f"{_NAME} against seconds per image when judging, mean over the row's models."
+        caption = (
+            f"{_NAME} against seconds per image when judging, mean over the row's models. Features "
+            "that an earlier model left in the cache cost next to nothing here: compare methods by "
+            "`anomalyst profile`."
+        )
         svg = scatter(seconds, "seconds per image", _NAME)
         yield Figure("seconds", svg, _capital(caption))
     if len(memory) > 1:

@@ -140,7 +140,7 @@ def present(benchmark: Benchmark, skip: Callable[[str], object] | None = None) -
         return benchmark
     if skip is None or all(missing.values()):
         names = ", ".join(dict.fromkeys(path for paths in missing.values() for path in paths))
-        more = ", or leave its part out with --skip-missing" if len(missing) > 1 else ""
+        more = ", or leave its part out with --skip-missing" if not all(missing.values()) else ""
         raise InputError(f"{names}: no such folder; say with --root where the data lies{more}")
     for name, paths in missing.items():
         if paths:

@@ -14,6 +14,7 @@ from anomalyst.benchmark.cells import Outcome
 from anomalyst.benchmark.generalist import PARTS
 from anomalyst.evaluation import METRICS, mean_metrics
 
+_LEAST_SEEDS = 5  # of three, one resample in 27 is all the lowest: 95 % would be the whole range
 Spread: TypeAlias = "dict[str, float | None]"
 
 
@@ -113,12 +114,12 @@ def _categories(outcomes: Sequence[Outcome]) -> dict[str, dict[str, Any]]:
 def _spread(values: Sequence[float | None]) -> Spread | None:
     """Return mean, sample standard deviation and the mean's bootstrap 95 % interval over seeds.
 
-    None where a metric is not defined; two seeds and fewer have no interval.
+    None where a metric is not defined; four seeds and fewer have no interval.
     """
     known = [value for value in values if value is not None]
     if not known:
         return None
-    low, high = _interval(tuple(known)) if len(known) > 2 else (None, None)
+    low, high = _interval(tuple(known)) if len(known) >= _LEAST_SEEDS else (None, None)
     deviation = statistics.stdev(known) if len(known) > 1 else None
     return {"mean": statistics.fmean(known), "sd": deviation, "low": low, "high": high}
 

@@ -24,7 +24,7 @@ _APART = (
 )
 _BY_DEFECT = "Defects of one type beside all normal images of the category, mean over seeds."
 _READING = (
-    "Mean over categories, then mean ± sample standard deviation over seeds and, of three seeds "
+    "Mean over categories, then mean ± sample standard deviation over seeds and, of five seeds "
     "and more, the bootstrap 95 % interval of that mean; all metrics are in [0, 1]."
 )
 _COMPARED = ("i_auroc", "p_ap")
@@ -124,7 +124,7 @@ def _texts(row: Row, category: str | None) -> list[str]:
     """Return the number of seeds and every metric."""
     found = row.summary(category)
     done, total = len(found["seeds"]), len(row.seeds)
-    seeds = str(total) if done in (0, total) else f"{done} of {total}"
+    seeds = str(total) if done == total else f"{done} of {total}"
     return [seeds, *(_text(value) if done else NOT_RUN for value in found["metrics"].values())]
 
 
@@ -157,6 +157,12 @@ def _facts(part: BenchmarkConfig, outcomes: Sequence[Outcome]) -> Iterator[str]:
     tested = ", ".join(str(path) for path in part.test or part.data)
     generalist = part.setting == "generalist"
     more: dict[str, Sequence[str]] = {"references by": [part.references]} if generalist else {}
+    given = {"": part.options} | {name: keys.options for name, keys in part.by_method.items()}
+    options = [
+        f"{name} {key}={value}".strip() for name in given for key, value in given[name].items()
+    ]
+    if options:
+        more["options"] = options
     if part.precision != FULL:
         more["precision of training"] = [part.precision]
     facts: dict[str, Sequence[Any]] = {
