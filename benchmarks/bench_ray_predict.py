@@ -58,21 +58,24 @@ def make_images(folder: Path, count: int) -> list[Path]:
 def run(commands: Sequence[Sequence[str]], outs: Sequence[Path], size: int) -> list[Sample]:
     """Run commands side by side, and watch them until the last one ends."""
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
-    samples, log = [], tempfile.TemporaryFile()
-    began = time.perf_counter()
-    started = [
-        subprocess.Popen(words, env=one_thread, stdout=subprocess.DEVNULL, stderr=log)
-        for words in commands
-    ]
-    while any(process.poll() is None for process in started):
-        done = sum(written(out) for out in outs) / size if size else 0.0
-        memory = resident(started)
-        samples.append(Sample(time.perf_counter() - began, done, memory))
-        time.sleep(0.2)
-    samples.append(Sample(time.perf_counter() - began, 1.0, {}))
-    if any(process.returncode for process in started):
-        log.seek(0)
-        raise SystemExit(f"a run failed: {log.read()[-4000:].decode()}")
+    samples: list[Sample] = []
+    with tempfile.TemporaryFile() as log:
+        began = time.perf_counter()
+        started = [
+            subprocess.Popen(words, env=one_thread, stdout=subprocess.DEVNULL, stderr=log)
+            for words in commands
+        ]
+        memory: dict[str, float] = {}
+        while any(process.poll() is None for process in started):
+            done = sum(map(written, outs)) / size if size else 0.0
+            if len(samples) % 5 == 0:  # looking at all processes costs more than at files
+                memory = resident(started)
+            samples.append(Sample(time.perf_counter() - began, done, memory))
+            time.sleep(0.1)
+        samples.append(Sample(time.perf_counter() - began, 1.0, {}))
+        if any(process.returncode for process in started):
+            log.seek(0)
+            raise SystemExit(f"a run failed: {log.read()[-4000:].decode()}")
     return samples
 
 
@@ -142,7 +145,14 @@ def main() -> None:
         folder = Path(name)
         prepare(folder)
         halves = [str(half) for half in make_images(folder, options.images)]
-        predict = [sys.executable, "-m", "anomalyst.cli", "predict", str(folder / "bundle")]
+        predict = [
+            sys.executable,
+            "-m",
+            "anomalyst.cli",
+            "predict",
+            "--debug",
+            str(folder / "bundle"),
+        ]
         outs = {"plain": [folder / "out-a", folder / "out-b"], "ray": [folder / "out-ray"]}
         pairs = zip(halves, outs["plain"], strict=True)
         on_ray = ["--engine", "ray", "--workers", "2"]
