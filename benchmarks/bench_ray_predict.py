@@ -58,12 +58,12 @@ def make_images(folder: Path, count: int) -> list[Path]:
 def run(commands: Sequence[Sequence[str]], outs: Sequence[Path], size: int) -> list[Sample]:
     """Run commands side by side, and watch them until the last one ends."""
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+    samples, log = [], tempfile.TemporaryFile()
     began = time.perf_counter()
-    quiet = subprocess.DEVNULL
     started = [
-        subprocess.Popen(words, env=one_thread, stdout=quiet, stderr=quiet) for words in commands
+        subprocess.Popen(words, env=one_thread, stdout=subprocess.DEVNULL, stderr=log)
+        for words in commands
     ]
-    samples = []
     while any(process.poll() is None for process in started):
         done = sum(written(out) for out in outs) / size if size else 0.0
         memory = resident(started)
@@ -71,7 +71,8 @@ def run(commands: Sequence[Sequence[str]], outs: Sequence[Path], size: int) -> l
         time.sleep(0.2)
     samples.append(Sample(time.perf_counter() - began, 1.0, {}))
     if any(process.returncode for process in started):
-        raise SystemExit(f"a run failed: {[list(words) for words in commands]}")
+        log.seek(0)
+        raise SystemExit(f"a run failed: {log.read()[-4000:].decode()}")
     return samples
 
 

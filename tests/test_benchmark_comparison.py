@@ -206,7 +206,8 @@ def test_plots_are_drawn_where_there_is_enough_for_them() -> None:
     two = [row(shots=1, x=[0.5, 0.7]), row(shots=2, x=[0.6, 0.8])]
     assert [figure.name for figure in figures_of(two)] == ["shots", "seconds", "memory"]
     assert "interval" not in figures_of(two)[0].caption  # of two seeds there is none
-    three = [row(shots=k, x=[0.5, 0.7, 0.8], y=[0.5, 0.6, 0.7]) for k in (1, 2, 4)]
+    values = {"x": [0.5, 0.7, 0.8, 0.6, 0.9], "y": [0.5, 0.6, 0.7, 0.6, 0.5]}  # five seeds
+    three = [row(shots=k, **values) for k in (1, 2, 4)]
     ranks, shots, *_ = figures_of(three)
     assert ranks.name == "critical-difference" and "2 categories" in ranks.caption
     assert "no difference is claimed" in ranks.caption and "p = 1.000" in ranks.caption
