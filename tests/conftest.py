@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 
 # Tiny networks gain nothing from a second thread, and waiting for it costs on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # of tests that import it themselves
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from PIL import Image
+
+sys.modules.setdefault("openvino_telemetry", None)  # likewise; see `anomalyst.runtime.engines`
 
 if TYPE_CHECKING:
     from anomalyst.benchmark.config import BenchmarkConfig

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from anomalyst.data.frame import Frame
 from anomalyst.detector import Detector
 from anomalyst.errors import InputError
 from anomalyst.features.cache import FeatureCache
@@ -184,6 +185,45 @@ def test_the_first_view_of_an_image_is_the_image(method: str, make) -> None:
     assert made.reference_views[0] is PLAIN
     if isinstance(made, TrainedMethod):
         assert made.training_views(few_shot=True)[0] is PLAIN
+
+
+def test_ignored_pixels_change_nothing(method: str, make) -> None:
+    """Neither those of references nor those of the image that is judged."""
+    random, where = np.random.default_rng(0), np.zeros((96, 96), dtype=bool)
+    where[30:75, 44:92] = True
+    frame = Frame(ignore=where)
+
+    def scrambled(image: np.ndarray) -> np.ndarray:
+        other = image.copy()
+        other[where] = random.integers(0, 256, (int(where.sum()), 3))
+        return other
+
+    image = blot(texture(9), 4, 8, 24)
+    plain = judge(enrolled(make(method, frame=frame)), image)[0]
+    other = judge(
+        enrolled(make(method, frame=frame), [scrambled(good) for good in GOOD]), scrambled(image)
+    )[0]
+    assert plain.score == other.score
+    np.testing.assert_array_equal(plain.map, other.map)
+    assert (plain.map[where] == plain.map.min()).all()
+
+
+def test_one_tile_is_the_image(method: str, make) -> None:
+    """Training, references and judging alike, but for the rounding of batches of other sizes."""
+    image = blot(texture(9), 20, 20, 30)
+    whole, tiled = (judge(enrolled(make(method, tile=tile)), image)[0] for tile in (None, 96))
+    assert whole.score == pytest.approx(tiled.score, rel=1e-3)
+    np.testing.assert_allclose(whole.map, tiled.map, rtol=1e-3, atol=1e-5)
+
+
+def test_an_easy_defect_is_found_in_tiles(method: str, make, bad_samples: list[Sample]) -> None:
+    detector = enrolled(make(method, tile=64, overview=True))
+    if REGISTRY[method].abnormal_references:
+        detector.enroll("plate", (), [(sample, sample.mask) for sample in bad_samples[:1]])
+    good, bad = judge(detector, texture(9, 96, 160), blot(texture(9, 96, 160), 40, 100, 24))
+    assert bad.score > good.score and bad.score_map.box == (0, 0, 96, 160)
+    row, column = np.unravel_index(bad.map.argmax(), bad.map.shape)
+    assert 32 <= row < 72 and 92 <= column < 132
 
 
 def test_an_easy_defect_is_found_and_placed(method: str, make) -> None:

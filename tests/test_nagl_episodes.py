@@ -20,6 +20,7 @@ from anomalyst.errors import InputError
 from anomalyst.features.backbones import find_backbone
 from anomalyst.methods.episodes import Draw, Episode, Episodes
 from anomalyst.methods.nagl import Nagl, NaglNetwork, NaglOptions
+from anomalyst.training_data import Place
 from anomalyst.types import Sample
 
 SIZE = (30, 45)  # of every image; the network sees 16 x 24, a grid of 4 x 6
@@ -35,8 +36,9 @@ class Features:
         preprocess = Preprocess(16, 4, IMAGENET_MEAN, IMAGENET_STD, resize=resize)
         self.engine = SimpleNamespace(preprocess=preprocess, device=torch.device("cpu"))
 
-    def size(self, number: int) -> tuple[int, int]:
-        return SIZE
+    def place(self, number: int) -> Place:
+        preprocess = self.engine.preprocess
+        return Place(SIZE, preprocess.box(*SIZE), preprocess.output_size(*SIZE), None)
 
     def fetch(self, numbers: Sequence[int], step: int = 0) -> list[list[Tensor]]:
         return [[torch.stack([torch.full((3, 4, 6), float(n)) for n in numbers])]]

@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 _HOME = {
     "Dataset": "anomalyst.data.layouts",
     "Detector": "anomalyst.detector",
+    "Frame": "anomalyst.data.frame",
     "InputError": "anomalyst.errors",
     "Prediction": "anomalyst.types",
     "References": "anomalyst.types",
@@ -25,6 +26,7 @@ _HOME = {
 __all__ = [
     "Dataset",
     "Detector",
+    "Frame",
     "InputError",
     "Prediction",
     "References",
@@ -38,6 +40,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from anomalyst.data.frame import Frame
     from anomalyst.data.layouts import Dataset, load_dataset
     from anomalyst.detector import Detector
     from anomalyst.errors import InputError

@@ -12,8 +12,7 @@ import hashlib
 import io
 import json
 import zipfile
-import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -21,27 +20,18 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError
+from pydantic import BaseModel, ConfigDict
 from safetensors.numpy import load as tensors_from_bytes
 from safetensors.numpy import save as tensors_to_bytes
 
 from anomalyst.errors import InputError
 from anomalyst.files import replace_file
+from anomalyst.sealed import UNREADABLE, file_reader, sealed, unsealed
 
 SCHEMA_VERSION = 3
 MANIFEST = "bundle.json"
 Arrays = Mapping[str, npt.NDArray[Any]]
 
-# What a damaged folder or zip makes its readers raise; an encrypted zip is a RuntimeError.
-_UNREADABLE = (
-    zipfile.BadZipFile,
-    zlib.error,
-    SafetensorError,
-    OSError,
-    EOFError,
-    RuntimeError,
-)
 _PACKAGES = ("anomalyst", "numpy", "pillow", "torch", "timm", "open-clip-torch")
 
 
@@ -138,7 +128,7 @@ def write_bundle(path: Path, manifest: Manifest, parts: Mapping[str, Arrays]) ->
         name = f"{part}-{digest[:12]}.safetensors"
         manifest.files[part], manifest.sha256[name] = name, digest
         blobs[name] = blob
-    text = _sealed(manifest)
+    text = sealed(manifest.model_dump(mode="json"))
     try:
         if path.suffix == ".zip":
             _write_zip(path, {MANIFEST: text, **blobs})
@@ -149,16 +139,6 @@ def write_bundle(path: Path, manifest: Manifest, parts: Mapping[str, Arrays]) ->
             f"{path}: cannot write the bundle ({error.strerror or error}); "
             "choose a folder with room that you may write to"
         ) from error
-
-
-def _seal(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _sealed(manifest: Manifest) -> bytes:
-    """Return the manifest as JSON that carries the hash of its own content."""
-    content = manifest.model_dump(mode="json")
-    return json.dumps({**content, "seal": _seal(content)}, indent=2).encode()
 
 
 def check_destination(path: Path) -> None:
@@ -176,8 +156,8 @@ def check_destination(path: Path) -> None:
 
 def _is_bundle_zip(path: Path) -> bool:
     try:
-        return bool(_reader(path)(MANIFEST))
-    except (KeyError, *_UNREADABLE):
+        return bool(file_reader(path, MANIFEST)(MANIFEST))
+    except (KeyError, *UNREADABLE):
         return False
 
 
@@ -222,8 +202,8 @@ def read_bundle(path: Path) -> tuple[Manifest, dict[str, dict[str, npt.NDArray[A
     if not path.exists():
         raise InputError(f"{path}: no such bundle; make one with: anomalyst fit METHOD DATA -o DIR")
     try:
-        read = _reader(path)
-        manifest = _parse(path, read(MANIFEST))
+        read = file_reader(path, MANIFEST)
+        manifest = unsealed(path, MANIFEST, read(MANIFEST), Manifest, SCHEMA_VERSION)
         parts = {}
         for part, name in manifest.files.items():
             blob = read(name)
@@ -232,56 +212,11 @@ def read_bundle(path: Path) -> tuple[Manifest, dict[str, dict[str, npt.NDArray[A
             parts[part] = tensors_from_bytes(blob)
     except (KeyError, FileNotFoundError) as error:
         raise InputError(f"{path}: not a whole bundle, {error} is missing; copy it again") from None
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise InputError(f"{path}: cannot be read as a bundle ({error}); copy it again") from None
     return manifest, parts
 
 
-def _reader(path: Path) -> Callable[[str], bytes]:
-    """Return what reads one file of a bundle, folder or zip, by its name."""
-    return _zip_reader(path) if path.is_file() else _folder_reader(path)
-
-
-def _folder_reader(path: Path) -> Callable[[str], bytes]:
-    def read(name: str) -> bytes:
-        if Path(name).name != name:
-            raise InputError(f"{path}: {MANIFEST} names a file outside the bundle: {name!r}")
-        if not (path / name).is_file():
-            raise FileNotFoundError(name)
-        return (path / name).read_bytes()
-
-    return read
-
-
-def _zip_reader(path: Path) -> Callable[[str], bytes]:
-    """Return the reader of a zip, also of one whose files lie in a folder of its own."""
-    archive = zipfile.ZipFile(path)
-    inside = [name for name in archive.namelist() if name.endswith(f"/{MANIFEST}")]
-    prefix = inside[0].removesuffix(MANIFEST) if len(inside) == 1 else ""
-    return lambda name: archive.read(prefix + name)
-
-
-def _parse(path: Path, text: bytes) -> Manifest:
-    try:
-        raw = json.loads(text)
-    except ValueError as error:
-        raise InputError(f"{path}/{MANIFEST}: not JSON ({error}); copy the bundle again") from None
-    version = raw.get("schema_version") if isinstance(raw, dict) else None
-    if isinstance(version, int) and version > SCHEMA_VERSION:
-        raise InputError(
-            f"{path}: bundle of schema {version}, this anomalyst reads up to {SCHEMA_VERSION}; "
-            "upgrade with: pip install -U anomalyst"
-        )
-    if not isinstance(raw, dict) or raw.pop("seal", None) != _seal(raw):
-        raise InputError(f"{path}/{MANIFEST} was altered (SHA-256 differs); copy the bundle again")
-    try:
-        return Manifest.model_validate(raw)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"{path}/{MANIFEST}: {where}: {first['msg']}") from None
-
-
 def bundle_hash(path: Path) -> str:
     """Return the SHA-256 of the manifest, which fixes every other file: the bundle's identity."""
-    return hashlib.sha256(_reader(path)(MANIFEST)).hexdigest()
+    return hashlib.sha256(file_reader(path, MANIFEST)(MANIFEST)).hexdigest()

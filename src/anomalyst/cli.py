@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
+from importlib.util import find_spec
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,32 +14,21 @@ from typing import Annotated, Any
 import typer
 
 from anomalyst.cli_benchmark import benchmark
+from anomalyst.cli_export import export
+from anomalyst.cli_fit import fit, make_cache, tell_state
 from anomalyst.cli_options import (
     Address,
     Alpha,
     AlphaReview,
+    AnyBundle,
     Bundle,
     CacheFolder,
-    CalibrationShare,
     Categories,
     Data,
     Device,
-    Devices,
     EngineName,
-    Epochs,
-    ImageSize,
     Json,
     Layout,
-    Preset,
-    Resume,
-    Seed,
-    Settings,
-    Shots,
-    Steps,
-    TensorBoard,
-    Training,
-    TrainingPrecision,
-    Weights,
     Workers,
 )
 from anomalyst.cli_profile import profile
@@ -106,61 +96,13 @@ def backbones(as_json: Json = False) -> None:
     show_table(columns, [[row[key] for key in columns] for row in rows])
 
 
-@app.command()
-def fit(
-    method: Annotated[str, typer.Argument(help="A method; see `anomalyst methods`.")],
-    data: Training,
-    output: Annotated[Path, typer.Option("-o", "--output", help="Bundle: folder or .zip.")],
-    category: Categories = None,
-    layout: Layout = None,
-    shots: Shots = None,
-    seed: Seed = 0,
-    backbone: Annotated[str, typer.Option(help="See `anomalyst backbones`.")] = "auto",
-    weights: Weights = None,
-    image_size: ImageSize = None,
-    preset: Preset = None,
-    settings: Settings = None,
-    epochs: Epochs = None,
-    steps: Steps = None,
-    resume: Resume = False,
-    tensorboard: TensorBoard = False,
-    devices: Devices = 1,
-    precision: TrainingPrecision = "32-true",
-    calibration: CalibrationShare = 0.2,
-    alpha: Alpha = None,
-    alpha_review: AlphaReview = None,
-    device: Device = "auto",
-    offline: Annotated[bool, typer.Option("--offline", help="Forbid downloads.")] = False,
-    feature_cache: CacheFolder = None,
-    as_json: Json = False,
-) -> None:
-    """Make a detector from good images and write it as a bundle."""
-    from anomalyst.detector import Detector
-    from anomalyst.fitting import fit_bundle
-    from anomalyst.settings import detector_settings, given_decision, training_setup
-
-    detector = Detector(
-        method,
-        **detector_settings(method, preset, settings or [], backbone, image_size, epochs, steps),
-        weights=weights,
-        seed=seed,
-        decision=given_decision(alpha, alpha_review),
-        device=device,
-        offline=offline,
-        feature_cache=_cache(feature_cache),
-    )
-    training = training_setup(method, output, resume, tensorboard, devices, precision)
-    levels = (alpha, alpha_review)
-    wanted: Any = {"shots": shots, "layout": layout, "categories": category, "levels": levels}
-    with progress() as tell:
-        fit_bundle(detector, data, output, training, calibration, progress=tell, **wanted)
-    _tell_state(detector, output, as_json)
+app.command()(fit)
 
 
 def _keep(detector: Any, bundle: Path, as_json: bool) -> None:
     """Save the detector, and tell where it is and what it can promise."""
     detector.save(bundle)
-    _tell_state(detector, bundle, as_json)
+    tell_state(detector, bundle, as_json)
 
 
 @app.command()
@@ -237,7 +179,7 @@ def calibrate(
 
 @app.command()
 def predict(
-    bundle: Bundle,
+    bundle: AnyBundle,
     images: Annotated[
         list[str], typer.Argument(help="Images, folders, Parquet lists, or URLs of them.")
     ],
@@ -258,9 +200,9 @@ def predict(
     as_json: Json = False,
 ) -> None:
     """Judge images: predictions.jsonl, one line an image, in input order."""
-    from anomalyst.detector import Detector
     from anomalyst.predictions import OutputChoice, write_predictions
     from anomalyst.promises import require_levels
+    from anomalyst.runtime.exported import is_meant_as_export
     from anomalyst.scale.predicting import Placement, predict_on_ray
     from anomalyst.scale.sources import list_sources
     from anomalyst.settings import given_decision
@@ -268,7 +210,9 @@ def predict(
     ray = engine == "ray"
     if not ray and (address or workers):
         raise InputError("--address and --workers say how Ray works: add --engine ray")
-    detector = Detector.load(bundle, device="cpu" if ray else device)
+    if ray and is_meant_as_export(bundle):
+        raise InputError(f"{bundle}: is an export; --engine ray takes the bundle behind it")
+    detector = _open(bundle, "cpu" if ray else device)
     detector.decision = given_decision(alpha, alpha_review, detector.decision)
     concerned = (category,) if category else detector.categories
     require_levels(detector, (alpha, alpha_review), concerned)
@@ -326,7 +270,7 @@ def evaluate(
 
     size = parse_eval_size(eval_size)
     make_folder(output)
-    detector = Detector.load(bundle, device=device, feature_cache=_cache(feature_cache))
+    detector = Detector.load(bundle, device=device, feature_cache=make_cache(feature_cache))
     found = load_dataset(data, layout=layout, categories=category)
     with progress() as advance:
         result = measure(detector, found, eval_size=size, progress=advance)
@@ -342,6 +286,7 @@ def evaluate(
 
 app.command()(benchmark)
 app.command()(profile)
+app.command()(export)
 app.command()(pseudo_anomalies)
 
 
@@ -372,28 +317,23 @@ def doctor(as_json: Json = False) -> None:
         show_json(rows)
     else:
         show_table(["check", "works", "detail"], [list(row.values()) for row in rows])
-    if not all(row["works"] for row in rows if row["check"] == "self-test"):
+    if not all(row["works"] for row in rows if row["check"] in ("runtime", "self-test")):
         raise typer.Exit(2)
 
 
-def _cache(folder: Path | None) -> Any:
-    if folder is None:
-        return None
-    from anomalyst.features.cache import FeatureCache
+def _open(bundle: Path, device: str) -> Any:
+    """Return the detector of a bundle, or the runtime of an exported one, which needs no torch."""
+    from anomalyst.runtime.exported import is_meant_as_export
 
-    return FeatureCache(folder)
+    if is_meant_as_export(bundle) or find_spec("torch") is None:
+        from anomalyst.runtime import Runtime
 
+        if device not in ("auto", "cpu"):
+            raise InputError(f"--device {device}: exported bundles run on the processor; omit it")
+        return Runtime.load(bundle)
+    from anomalyst.detector import Detector
 
-def _tell_state(detector: Any, bundle: Path, as_json: bool) -> None:
-    """Print where the bundle is, and say what the detector can promise."""
-    from anomalyst.promises import describe, state
-
-    if as_json:
-        show_json({"bundle": str(bundle), "categories": state(detector)})
-        return
-    for line in describe(detector):
-        say(line)
-    print(bundle)
+    return Detector.load(bundle, device=device)
 
 
 def _version(wanted: bool) -> None:

@@ -9,6 +9,9 @@ import typer
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Bundle = Annotated[Path, typer.Argument(help="Bundle: a folder or .zip that `fit` wrote.")]
+AnyBundle = Annotated[
+    Path, typer.Argument(help="Bundle that `fit` wrote, or exported one: a folder or .zip.")
+]
 Data = Annotated[Path, typer.Argument(help="Data set folder; its layout is recognised.")]
 Categories = Annotated[
     list[str] | None, typer.Option("--category", help="Only this category; repeatable.")
@@ -49,6 +52,30 @@ Weights = Annotated[str | None, typer.Option(help="file:PATH of the backbone wei
 ImageSize = Annotated[
     int | None, typer.Option(min=1, help="Short side in pixels (default: the backbone's).")
 ]
+TileSide = Annotated[
+    int | None,
+    typer.Option("--tile", min=1, help="Look in tiles of this side; --image-size is of the whole."),
+]
+Overlap = Annotated[
+    float | None, typer.Option(min=0, max=0.99, help="Least share that tiles overlap (0.25).")
+]
+Overview = Annotated[
+    bool, typer.Option("--overview", help="Look at the whole image too, as small as a tile.")
+]
+Region = Annotated[
+    str | None, typer.Option(metavar="X,Y,W,H", help="Look only here, in pixels of the image.")
+]
+Ignore = Annotated[
+    Path | None, typer.Option(help="Mask image: what is above 0 counts for nothing.")
+]
+Align = Annotated[
+    Path | None, typer.Option(help="Image of a part that lies right, to align others to.")
+]
+AlignOn = Annotated[
+    str | None, typer.Option(metavar="X,Y,W,H", help="Patch of it to find the part by.")
+]
+Search = Annotated[int | None, typer.Option(min=1, help="Pixels that a part may be moved by (50).")]
+Offline = Annotated[bool, typer.Option("--offline", help="Forbid downloads.")]
 Preset = Annotated[str | None, typer.Option(help="A method's named settings, such as paper.")]
 Settings = Annotated[
     list[str] | None,

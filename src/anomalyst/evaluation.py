@@ -79,7 +79,8 @@ class CategoryEvaluation:
             return  # where its defect is, nobody knows: no pixel of it counts
         self.masks += mask is not None
         group = None if sample.label == 0 else defect_name(sample)
-        self.pixel_metrics.update(*_at_eval_size(score_map, mask, eval_size), group)
+        values, defects, ignored = _at_eval_size(score_map, mask, eval_size)
+        self.pixel_metrics.update(values, defects, group, ignored)
 
     @property
     def defects(self) -> dict[str, dict[str, Any]]:
@@ -113,16 +114,18 @@ def defect_name(sample: Sample) -> str:
 
 def _at_eval_size(
     score_map: ScoreMap, mask: BoolArray | None, eval_size: int | None
-) -> tuple[FloatArray, BoolArray | None]:
-    """Return map and mask of the part of the image that the method saw, at the evaluation size."""
+) -> tuple[FloatArray, BoolArray | None, BoolArray | None]:
+    """Return map, mask and what is ignored of the part that was seen, at the evaluation size."""
     top, left, height, width = (round(edge) for edge in score_map.box)
     seen = ScoreMap(
         score_map.values, (height, width), score_map.sigma, (0.0, 0.0, float(height), float(width))
     )
     size = (height, width) if eval_size is None else (eval_size, eval_size)
+    box = (top, left, height, width)
     if mask is not None:
-        mask = mask_at(mask, (top, left, height, width), size)  # as the papers resize their masks
-    return seen.at(*size), mask
+        mask = mask_at(mask, box, size)  # as the papers resize their masks
+    ignored = None if score_map.ignored is None else score_map.ignored.at(box, size)
+    return seen.at(*size), mask, ignored
 
 
 @dataclass

@@ -105,8 +105,8 @@ def _with_pictures(
 def _attention(
     sample: Sample, score_map: ScoreMap, detector: Detector
 ) -> tuple[ScoreMap, ...] | None:
-    """Return what the method looked at in an image, None where it does not say."""
-    if not detector.method.explains:
+    """Return what the method looked at in an image, None where it does not say: in tiles never."""
+    if not detector.method.explains or detector.engine.preprocess.tiling is not None:
         return None
     item = read_item(sample.path, str(sample.path), detector.engine.preprocess)
     if item.tensor is None:

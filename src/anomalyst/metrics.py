@@ -170,23 +170,26 @@ class PixelMetrics:
         score_map: npt.NDArray[np.floating[Any]],
         mask: BoolArray | None = None,
         group: str | None = None,
+        ignored: BoolArray | None = None,
     ) -> None:
         """Add an image: raw scores ``[H, W]`` and the mask of its defects, None for a normal image.
 
-        Images of a ``group``, such as a type of defect, can be measured apart from other groups.
-        Scores of other types are rounded to float32. Raises `InputError` for scores that are not
-        finite as float32, and for a mask of another shape or type.
+        Images of a ``group``, such as a type of defect, can be measured apart from other groups;
+        pixels that are ``ignored`` count for nothing. Scores of other types are rounded to float32.
+        Raises `InputError` for scores not finite as float32, and a mask of another shape or type.
         """
         keys = score_keys(score_map)
         if mask is not None and mask.shape != keys.shape:
             raise InputError(
                 f"mask has shape {mask.shape} but the score map {keys.shape}: resize one of them"
             )
+        counted = np.ones(keys.shape, dtype=bool) if ignored is None else ~ignored
         if mask is None:
-            normal, defect = keys.ravel(), np.zeros(0, dtype=np.uint64)
+            normal, defect = keys[counted], np.zeros(0, dtype=np.uint64)
         else:
-            labels, _ = label_regions(mask)
-            normal, defect = keys[~mask], pack_defects(keys[mask], labels[mask])
+            labels, _ = label_regions(mask & counted)
+            normal = keys[counted & ~mask]
+            defect = pack_defects(keys[labels > 0], labels[labels > 0])
         held = sum(pixels.count for pixels in self._groups.values())
         if self._histogram is None and held + keys.size > self._max_exact_pixels:
             self._fold()

@@ -26,6 +26,7 @@ from anomalyst.features.cache import FeatureCache
 from anomalyst.features.extractor import Backbone
 from anomalyst.methods.base import find_method, make_options
 from anomalyst.scoring import Calibration, Decision
+from anomalyst.tiling import OVERLAP
 
 
 def save_detector(detector: Detector, path: Path) -> None:
@@ -39,6 +40,9 @@ def save_detector(detector: Detector, path: Path) -> None:
         part: {key: value.detach().cpu().numpy() for key, value in tensors.items()}
         for part, tensors in parts.items()
     }
+    frame = detector.engine.preprocess.frame
+    if frame is not None and frame.arrays():
+        arrays["frame"] = frame.arrays()
     write_bundle(path, _describe(detector), arrays)
 
 
@@ -84,6 +88,7 @@ def load_detector(
 ) -> Detector:
     """Read a bundle; nothing else is read, the network least of all."""
     manifest, arrays = read_bundle(path)
+    preprocess = Preprocess.from_dict(manifest.preprocess, arrays.pop("frame", None))
     target = pick_device(device)
     parts = {
         part: {key: torch.from_numpy(value).to(target) for key, value in named.items()}
@@ -99,13 +104,17 @@ def load_detector(
         raise InputError(
             f"{path}: the backbone's weights are not those that the bundle was made on"
         )
-    preprocess = Preprocess.from_dict(manifest.preprocess)
+    tiling = preprocess.tiling
     detector = Detector(
         manifest.method,
         backbone=record.id,
         image_size=preprocess.image_size,
         square=preprocess.square,
         resize=preprocess.resize,
+        frame=preprocess.frame,
+        tile=None if tiling is None else tiling.side,
+        overlap=OVERLAP if tiling is None else tiling.overlap,
+        overview=tiling is not None and tiling.overview,
         layers=record.layers,
         options={**manifest.options, **options},
         decision=decision or Decision(manifest.alpha, manifest.alpha_review),

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -18,10 +18,25 @@ from anomalyst.scale.sources import Source, judge
 from anomalyst.types import Prediction
 
 if TYPE_CHECKING:
-    from anomalyst.detector import Detector
     from anomalyst.inference import ImageSource
 
 FILE = "predictions.jsonl"
+
+
+class Predictor(Protocol):
+    """A `Detector`, or the `Runtime` of an export."""
+
+    def predict(
+        self,
+        images: Iterable[ImageSource],
+        *,
+        category: str | None = None,
+        keep_pixels: bool = False,
+    ) -> Iterator[Prediction]:
+        """Yield one prediction an image."""
+
+    def heat_unit(self, category: str | None) -> float:
+        """Return the map value at which a heat map turns strong."""
 
 
 def to_record(
@@ -54,7 +69,7 @@ class OutputChoice:
 
 
 def write_predictions(
-    detector: Detector,
+    detector: Predictor,
     images: Iterable[ImageSource | Source],
     folder: Path,
     *,
@@ -85,7 +100,7 @@ def write_predictions(
 
 
 def judge_into(
-    detector: Detector,
+    detector: Predictor,
     images: Iterable[ImageSource | Source],
     folder: Path,
     *,
@@ -125,7 +140,7 @@ def writing_to(folder: Path) -> Iterator[None]:
 
 
 def _write_one(
-    detector: Detector, prediction: Prediction, folder: Path, number: int, wanted: OutputChoice
+    detector: Predictor, prediction: Prediction, folder: Path, number: int, wanted: OutputChoice
 ) -> dict[str, object]:
     if prediction.error is not None or not (wanted.maps or wanted.overlays):
         return to_record(prediction)
@@ -148,7 +163,7 @@ def _place(path: Path, content: bytes) -> None:
     replace_file(path, content)
 
 
-def overlay_png(detector: Detector, prediction: Prediction) -> bytes:
+def overlay_png(detector: Predictor, prediction: Prediction) -> bytes:
     """Return the heat map over the image, in the detector's fixed units, as PNG.
 
     The prediction must come from ``predict(..., keep_pixels=True)``.

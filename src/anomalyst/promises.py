@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from anomalyst.data.layouts import Dataset, hold_out
-from anomalyst.detector import Detector
 from anomalyst.errors import InputError, unknown
 from anomalyst.scoring import normals_needed
 from anomalyst.types import Sample
+
+if TYPE_CHECKING:
+    from anomalyst.detector import Detector
+    from anomalyst.runtime import Runtime
 
 
 def state(detector: Detector) -> list[dict[str, Any]]:
@@ -70,10 +73,10 @@ def _abnormal(row: Mapping[str, Any]) -> str:
 
 
 def require_levels(
-    detector: Detector, levels: Iterable[float | None], categories: Iterable[str]
+    detector: Detector | Runtime, levels: Iterable[float | None], categories: Iterable[str]
 ) -> None:
     """Raise unless those categories are calibrated well enough to promise every level asked for."""
-    counts = {row["category"]: row["calibrated_on"] for row in state(detector)}
+    counts = {name: known.count for name, known in detector.calibration.items()}
     for category in categories:
         for level in levels:
             _require(level, category, counts.get(category, 0))

@@ -47,10 +47,18 @@ def _upsampler(cells: int, pixels: int, start: float, extent: float, sigma: floa
     return np.ascontiguousarray(matrix, dtype=np.float32)
 
 
+def upsampled(values: FloatArray, height: int, width: int) -> FloatArray:
+    """Return a map ``[h, w]`` at another size, bilinearly."""
+    rows = _upsampler(values.shape[0], height, 0.0, height, 0.0)
+    found: FloatArray = rows @ values @ _upsampler(values.shape[1], width, 0.0, width, 0.0).T
+    return found
+
+
 def render(score_map: ScoreMap, height: int, width: int) -> FloatArray:
     """Return the smoothed map over the whole image at ``[height, width]``, in raw units.
 
-    Pixels outside the part of the image that the method saw get the map's lowest value.
+    Pixels outside the part of the image that the method saw, and ignored ones, get the map's
+    lowest value.
     """
     grid_h, grid_w = score_map.values.shape
     scale_y, scale_x = height / score_map.size[0], width / score_map.size[1]
@@ -59,8 +67,11 @@ def render(score_map: ScoreMap, height: int, width: int) -> FloatArray:
     rows = _upsampler(grid_h, height, top, box_h, score_map.sigma * box_h / grid_h)
     columns = _upsampler(grid_w, width, left, box_w, score_map.sigma * box_w / grid_w)
     full: FloatArray = rows @ score_map.values @ columns.T  # (H, h) (h, w) (w, W) -> (H, W)
-    if score_map.box != (0.0, 0.0, float(score_map.size[0]), float(score_map.size[1])):
-        lowest = full.min()
+    whole = (0.0, 0.0, float(score_map.size[0]), float(score_map.size[1]))
+    lowest = full.min()
+    if score_map.ignored is not None:
+        full[score_map.ignored.at(whole, (height, width))] = lowest
+    if score_map.box != whole:
         full[: round(top)] = lowest
         full[round(top + box_h) :] = lowest
         full[:, : round(left)] = lowest

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast, get_args
 
+from anomalyst.data.frame import SEARCH, Frame, parse_rectangle
 from anomalyst.errors import InputError
 from anomalyst.methods.base import find_method
 from anomalyst.methods.base import preset as named_settings
 from anomalyst.scoring import Decision
+from anomalyst.tiling import OVERLAP
 from anomalyst.training_setup import Precision, TrainingSetup
 
 # Settings of the detector that `--set` reaches beside the method's own options.
@@ -56,6 +58,44 @@ def detector_settings(
     if image_size is not None:
         chosen["image_size"] = image_size
     return chosen
+
+
+def tiles(side: int | None, overlap: float | None, overview: bool) -> dict[str, Any]:
+    """Return keyword arguments for `Detector` that say how images are cut into tiles."""
+    if side is None:
+        if overlap is not None or overview:
+            raise InputError("--overlap and --overview say how tiles are cut: give --tile too")
+        return {}
+    return {"tile": side, "overlap": OVERLAP if overlap is None else overlap, "overview": overview}
+
+
+def given_frame(
+    roi: str | None,
+    ignore: Path | None,
+    align: Path | None,
+    align_on: str | None,
+    search: int | None,
+) -> Frame | None:
+    """Return where to look on an image, None where nothing is said of it.
+
+    Raises
+    ------
+    InputError
+        A rectangle or file is none, or alignment is only half said.
+    """
+    if search is not None and align is None:
+        raise InputError("--search says how far a part may be moved: give --align too")
+    if (align is None) != (align_on is None):
+        raise InputError("--align and --align-on belong together: give both or none")
+    if roi is None and ignore is None and align is None:
+        return None
+    return Frame.read(
+        crop=None if roi is None else parse_rectangle("--roi", roi),
+        ignore=ignore,
+        golden=align,
+        align_on=None if align_on is None else parse_rectangle("--align-on", align_on),
+        search=SEARCH if search is None else search,
+    )
 
 
 def training_setup(

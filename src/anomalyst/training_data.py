@@ -4,22 +4,56 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from anomalyst.bundle import ReferenceRecord
-from anomalyst.data.images import read_file, read_image
+from anomalyst.data.images import read_file, read_mask
+from anomalyst.data.masks import Box, Ignored, shows
 from anomalyst.data.transforms import Preprocess
 from anomalyst.engine import Engine
 from anomalyst.enrolment import record_of
 from anomalyst.errors import InputError
 from anomalyst.features.cache import FeatureArray
-from anomalyst.inference import Item, by_shape, read_batches, read_item
+from anomalyst.inference import Item, Part, by_shape, network_inputs, read_batches, read_item
 from anomalyst.methods.views import View
-from anomalyst.types import ByteArray, Progress, Sample
+from anomalyst.tiling import Tile
+from anomalyst.types import BoolArray, ByteArray, Progress, Sample
 
 _READ = 8
+
+
+class Place(NamedTuple):
+    """Where the network's input of an image lies on it.
+
+    Attributes
+    ----------
+    size
+        Original (height, width) of the image, in pixels.
+    box
+        (top, left, height, width) of what the input covers, in the image's pixels.
+    input
+        (height, width) of the input.
+    ignored
+        What of the image counts for nothing.
+    """
+
+    size: tuple[int, int]
+    box: Box
+    input: tuple[int, int]
+    ignored: Ignored | None
+
+    @classmethod
+    def of(cls, item: Item) -> Place:
+        """Return that of a good item."""
+        assert item.tensor is not None
+        return cls(item.size, item.box, (item.tensor.shape[1], item.tensor.shape[2]), item.ignored)
+
+    def counted(self, mask: BoolArray) -> BoolArray:
+        """Return the part of an image's mask that is not ignored."""
+        return mask if self.ignored is None else self.ignored.left_of(mask)
 
 
 class TrainingFeatures:
@@ -31,7 +65,9 @@ class TrainingFeatures:
     Parameters
     ----------
     samples
-        Training images; image ``n`` in view ``v`` has number ``n * len(views) + v``.
+        Training images; image ``n`` in view ``v`` has number ``n * len(views) + v``. Where images
+        are looked at in tiles, ``samples`` are those, of abnormal images the ones that show the
+        defect.
 
     Raises
     ------
@@ -47,12 +83,15 @@ class TrainingFeatures:
         progress: Progress | None = None,
     ) -> None:
         self.engine = engine
-        self.samples = list(samples)
+        self.samples: list[Sample] = list(samples)
+        self._images = list(samples)
         self.views = tuple(views)
         self._records: list[ReferenceRecord] = []
-        self._sizes: dict[int, tuple[int, int]] = {}
+        self._places: dict[int, Place] = {}
         self._keys: list[str] = []
-        if engine.cache is not None:
+        if engine.preprocess.tiling is not None:
+            self._fill_tiles(progress)
+        elif engine.cache is not None:
             self._fill(progress)
 
     def __len__(self) -> int:
@@ -65,16 +104,18 @@ class TrainingFeatures:
             ReferenceRecord(
                 name=sample.path.name, sha256=hashlib.sha256(read_file(sample.path)).hexdigest()
             )
-            for sample in self.samples
+            for sample in self._images
         ]
 
-    def size(self, number: int) -> tuple[int, int]:
-        """Return the original (height, width) of an image, in pixels."""
+    def place(self, number: int) -> Place:
+        """Return where the network's input of an image lies on it."""
         image = number // len(self.views)
-        if image not in self._sizes:
-            pixels = read_image(self.samples[image].path)
-            self._sizes[image] = (pixels.shape[0], pixels.shape[1])
-        return self._sizes[image]
+        if image not in self._places:
+            sample = self.samples[image]
+            item = read_item(sample, str(sample.path), self.engine.preprocess)
+            _require_good([item])
+            self._places[image] = Place.of(item)
+        return self._places[image]
 
     def fetch(self, numbers: Sequence[int], step: int = 0) -> list[list[Tensor]]:
         """Return the maps of those numbers, in one batch for each shape of map, at any step.
@@ -96,16 +137,49 @@ class TrainingFeatures:
         done = 0
         for items in read_batches(self.samples, self.engine.preprocess, _READ):
             _require_good(items)
-            keys = [self.engine.cache_keys(items, view) for view in self.views]
-            self._keys += [key for of_item in zip(*keys, strict=True) for key in of_item]
             self._records += [record_of(item) for item in items]
-            self._sizes |= {done + k: item.size for k, item in enumerate(items)}
-            for same in by_shape(items):
-                for view in self.views:
-                    self.engine.features([items[p] for p in same], view)
+            self._places |= {done + k: Place.of(item) for k, item in enumerate(items)}
+            self._cache(items)
             done += len(items)
             if progress:
                 progress("features", done, len(self.samples))
+
+    def _cache(self, items: Sequence[Item]) -> None:
+        """Compute every view of items and remember under which names the cache keeps them."""
+        keys = [self.engine.cache_keys(items, view) for view in self.views]
+        self._keys += [key for of_item in zip(*keys, strict=True) for key in of_item]
+        for same in by_shape(items):
+            for view in self.views:
+                self.engine.features([items[p] for p in same], view)
+
+    def _fill_tiles(self, progress: Progress | None) -> None:
+        """Find the tiles of every image; with a cache compute them too, while it is decoded."""
+        engine, self.samples = self.engine, []
+        for done, (item,) in enumerate(read_batches(self._images, engine.preprocess, 1)):
+            _require_good([item])
+            self._records.append(record_of(item))
+            for tiles, parts in network_inputs(item, engine.preprocess):
+                self._add_tiles(self._images[done], tiles, parts)
+            if progress:
+                progress("features", done + 1, len(self._images))
+
+    def _add_tiles(
+        self, sample: Sample, tiles: Sequence[Tile | None], parts: Sequence[Item]
+    ) -> None:
+        """Take in tiles of one image, of an abnormal one those that show the defect."""
+        places = [Place.of(part) for part in parts]
+        marked = None
+        if sample.label == 1 and sample.mask is not None:
+            marked = places[0].counted(read_mask(sample.mask, places[0].size, sample.path))
+        step, kept = self.engine.preprocess.multiple, list[Item]()
+        for tile, part, place in zip(tiles, parts, places, strict=True):
+            grid = place.input[0] // step, place.input[1] // step
+            if marked is None or shows(marked, place.box, grid):
+                self._places[len(self.samples)] = place
+                self.samples.append(Part(**vars(sample), tile=tile))
+                kept.append(part)
+        if self.engine.cache is not None and kept:
+            self._cache(kept)
 
     def _compute(self, numbers: Sequence[int]) -> list[list[Tensor]]:
         """Read those images again and run the backbone; equal shapes and views go together."""

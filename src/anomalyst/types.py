@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from anomalyst.data.masks import Ignored
 
 FloatArray = npt.NDArray[np.float32]
 ByteArray = npt.NDArray[np.uint8]
@@ -83,13 +86,16 @@ class ScoreMap:
         Standard deviation of the Gaussian that smooths the upsampled map, in patches.
     box
         (top, left, height, width) of the part of the original image that the grid covers, in
-        pixels. Differs from the whole image only where a preset crops.
+        pixels. Differs from the whole image only where a region or a preset crops.
+    ignored
+        What of the image counts for nothing, where anything does.
     """
 
     values: FloatArray
     size: tuple[int, int]
     sigma: float
     box: tuple[float, float, float, float]
+    ignored: Ignored | None = None
 
     def at(self, height: int, width: int) -> FloatArray:
         """Return the smoothed map at another size, float32 ``[height, width]``, same raw units."""

@@ -104,14 +104,14 @@ def read_file(path: str | Path) -> bytes:
 
 
 def read_mask(
-    path: str | Path, size: tuple[int, int], image: str | Path | None = None
+    path: str | Path, size: tuple[int, int] | None = None, image: str | Path | None = None
 ) -> BoolArray:
     """Return where a mask file is above 0 in any channel, bool ``[h, w]``.
 
     Parameters
     ----------
     size
-        (height, width) of the image that the mask belongs to.
+        (height, width) of the image that the mask belongs to; None takes any.
     image
         That image's file, named in the error when the sizes differ.
     """
@@ -122,7 +122,7 @@ def read_mask(
         mask: BoolArray = np.greater(np.asarray(decoded), 0)
     else:
         mask = np.any(_to_rgb(decoded, name), axis=2)
-    if mask.shape != size:
+    if size is not None and mask.shape != size:
         of = "" if image is None else f" {display_name(image)}"
         raise InputError(
             f"{name}: the mask is {mask.shape[1]}x{mask.shape[0]} pixels but its image{of} is "

@@ -56,7 +56,7 @@ def run_blocks(
 
 def overwrite(tokens: Tensor, first: int, rows: Tensor) -> Tensor:
     """Return tokens ``[B, L, C]`` with ``rows`` ``[n, C]`` or ``[B, n, C]`` from ``first`` on."""
-    put = rows.to(tokens.dtype).expand(len(tokens), -1, -1)
+    put = rows.to(tokens.dtype).expand(tokens.shape[0], -1, -1)
     return torch.cat([tokens[:, :first], put, tokens[:, first + put.shape[1] :]], dim=1)
 
 
@@ -100,7 +100,7 @@ def _both_attentions(block: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 def patch_map(tokens: Tensor, grid: Sequence[int]) -> Tensor:
     """Return patch tokens ``[B, h * w, C]`` as a map ``[B, C, h, w]``, a view."""
-    return tokens.transpose(1, 2).view(len(tokens), -1, *grid)
+    return tokens.transpose(1, 2).view(tokens.shape[0], -1, *grid)
 
 
 def abnormal_share(likeness: Tensor, temperature: float) -> Tensor:
@@ -202,7 +202,7 @@ class ClipText:
         ahead = torch.full((length, length), -torch.inf, device=placed.device).triu(1)
         tokens = run_blocks(model.transformer.resblocks, placed, prompts, 1, ahead)
         tokens = model.ln_final(tokens)
-        last = tokens[torch.arange(len(tokens), device=tokens.device), ends]
+        last = tokens[torch.arange(tokens.shape[0], device=tokens.device), ends]
         projection = model.text_projection
         projected = projection(last) if isinstance(projection, nn.Module) else last @ projection
         return projected, tokens

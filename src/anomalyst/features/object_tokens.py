@@ -108,7 +108,7 @@ class ClusterTokens(_OfClip):
 
     def _farthest(self, patches: Tensor, first: Tensor) -> Tensor:
         """Return M patches ``[B, M, D]``, each the one least like all that were taken before."""
-        rows = torch.arange(len(patches), device=patches.device)
+        rows = torch.arange(patches.shape[0], device=patches.device)
         chosen = [patches[rows, first]]
         alike = (patches @ chosen[0][:, :, None])[:, :, 0]
         while len(chosen) < self.count:
@@ -132,7 +132,8 @@ class RandomTokens(_OfClip):
             shape = (tower.joint_width, self.count * tower.text.width)
             drawn = torch.randn(shape, generator=torch.Generator().manual_seed(0), device="cpu")
             self._maps = drawn.to(seen.cls.device)
-        return self._as_words(tower, (seen.cls @ self._maps).reshape(len(seen.cls), self.count, -1))
+        said = seen.cls @ self._maps  # (B, M * d) -> (B, M, d)
+        return self._as_words(tower, said.reshape(said.shape[0], self.count, -1))
 
 
 class QFormerTokens:
@@ -152,11 +153,23 @@ class QFormerTokens:
                 for statistics in ((tower.spec.mean, tower.spec.std), OPENAI_CLIP)
             )
             images = (images * mine[1] + mine[0] - its[0]) / its[1]
-        size = (self.model.image_size, self.model.image_size)
-        if images.shape[-2:] != size:
-            images = functional.interpolate(images, size, mode="bicubic", antialias=True)
-        found: Tensor = self.model(images)
+        rows, columns = (cubic_weights(side, self.model.image_size) for side in images.shape[-2:])
+        found: Tensor = self.model(rows.to(images) @ images @ columns.T.to(images))
         return found
+
+
+def cubic_weights(length: int, result: int) -> Tensor:
+    """Return what antialiased bicubic resizing of a line multiplies it with, ``[result, length]``.
+
+    As a matrix, for OpenVINO resizes without antialiasing whatever it is told.
+    """
+    pixels = torch.arange(length) + 0.5
+    step = (pixels[-1] + 0.5) / result  # a tensor: a graph's length may be a symbol
+    centres = (torch.arange(result) + 0.5) * step
+    x = ((pixels - centres[:, None]) / step.clamp(min=1)).abs()
+    near, far = (1.5 * x - 2.5) * x * x + 1, ((2.5 - 0.5 * x) * x - 4) * x + 2
+    weights = torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
+    return weights / weights.sum(dim=1, keepdim=True)
 
 
 def make_object_tokens(kind: str, tower: ClipTower) -> ObjectTokens:

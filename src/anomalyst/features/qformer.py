@@ -97,7 +97,7 @@ class _Vision(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         start = self.embeddings
         patches = start.patch_embedding(images).flatten(2).transpose(1, 2)  # (B, N, C)
-        tokens = torch.cat([start.class_embedding.expand(len(images), -1, -1), patches], dim=1)
+        tokens = torch.cat([start.class_embedding.expand(images.shape[0], -1, -1), patches], dim=1)
         tokens = self.encoder["layers"](self.pre_layernorm(tokens + start.position_embedding))
         seen: Tensor = self.post_layernorm(tokens)
         return seen
@@ -217,7 +217,7 @@ class QFormer(nn.Module):
             raise ValueError(f"images are {list(images.shape)}, not [B, 3, {side}, {side}]")
         seen = self.visual_encoder(images)
         start = torch.cat([self.query_tokens, self.subject], dim=1)  # (1, M + 3, C)
-        tokens = self.embeddings["LayerNorm"](start).expand(len(images), -1, -1)
+        tokens = self.embeddings["LayerNorm"](start).expand(images.shape[0], -1, -1)
         for layer in self.encoder["layer"].children():
             tokens = layer(tokens, self.tokens, seen)
         queries, head = tokens[:, : self.tokens], self.proj_layer

@@ -124,19 +124,25 @@ class TokenTower(Tower):
         self, table: Tensor, prefix: int, learned: tuple[int, int], grid: tuple[int, int]
     ) -> Tensor:
         """Return a position table ``[prefix + N, C]`` of one grid, resized to another."""
+        if torch.compiler.is_compiling():  # a grid of symbols is none that a table could be kept of
+            same = isinstance(grid[0], int) and learned == grid
+            return table if same else _stretched(table, prefix, learned, grid)
         if learned == grid:
             return table
         key = (grid, table.device, table.dtype)
         if key not in self._tables:
-            maps = table[prefix:].T.reshape(1, -1, *learned)  # (N, C) -> (1, C, h, w)
-            maps = functional.interpolate(maps, size=grid, mode="bicubic")
-            resized = torch.cat([table[:prefix], maps[0].flatten(1).T])
-            if torch.compiler.is_compiling():
-                return resized
             while len(self._tables) >= _TABLES_KEPT:
                 del self._tables[next(iter(self._tables))]
-            self._tables[key] = resized
+            self._tables[key] = _stretched(table, prefix, learned, grid)
         return self._tables[key]
+
+
+def _stretched(
+    table: Tensor, prefix: int, learned: tuple[int, int], grid: tuple[int, int]
+) -> Tensor:
+    maps = table[prefix:].T.reshape(1, -1, *learned)  # (N, C) -> (1, C, h, w)
+    maps = functional.interpolate(maps, size=grid, mode="bicubic")
+    return torch.cat([table[:prefix], maps[0].flatten(1).T])
 
 
 class TimmTokens(TokenTower):

@@ -102,6 +102,20 @@ class AnomalyDINO(Method):
             maps = maps * foreground(stacked, self._foreground_threshold)
         return maps, top_mean(maps, self.options.tail)
 
+    @property
+    def obstacle(self) -> str | None:
+        if not self.options.foreground:
+            return None
+        return "foreground=true takes eigenvectors of each image, and ONNX has none; leave it out"
+
+    def references(
+        self, category: str | None, size: tuple[int, int] | None = None
+    ) -> dict[str, Tensor]:
+        return {"bank": self._banks[category]}
+
+    def take(self, category: str | None, references: Mapping[str, Tensor]) -> None:
+        self._banks.load({category or "": references["bank"]})
+
     def heat_unit(self, category: str | None) -> float:
         return 0.5
 

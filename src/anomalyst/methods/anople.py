@@ -200,7 +200,7 @@ class AnoPle(TrainedMethod):
     def encode(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Return, of images, the remembered layers' maps, projected patches Z and CLS z."""
         (images,) = features
-        whole = torch.zeros(len(images), dtype=torch.long, device=images.device)
+        whole = torch.zeros(images.shape[0], dtype=torch.long, device=images.device)
         tapped: dict[int, Tensor] = {}
         image, patches = self.network.look(images, whole, tapped=tapped)
         grid = patches.shape[-2:]
@@ -226,7 +226,7 @@ class AnoPle(TrainedMethod):
     def score(self, features: Sequence[Tensor], category: str | None) -> tuple[Tensor, Tensor]:
         *taps, patches, image = features
         texts = self._pair(category)
-        _, decoded = self.network.decode(patches, texts.expand(len(patches), -1, -1))
+        _, decoded = self.network.decode(patches, texts.expand(patches.shape[0], -1, -1))
         told = abnormal_share(image.flatten(1) @ texts.T, self.options.temperature)
         memory = self._remembered(taps, category)
         if memory is None:
@@ -240,16 +240,35 @@ class AnoPle(TrainedMethod):
 
     def _remembered(self, taps: Sequence[Tensor], category: str | None) -> Tensor | None:
         """Return the memory's map ``[B, h, w]`` in [0, 1], None where nothing is remembered."""
-        options = self.options
         found = []
-        for bank, layer in zip(self._banks, taps, strict=True):
-            known = category in bank.categories and options.bank == "category"
-            patches = bank[category] if known else bank.joint if options.bank == "shared" else None
+        for number, layer in enumerate(taps):
+            patches = self._patches(number, category)
             if patches is None:
                 return None
             queries = functional.normalize(to_patches(layer), dim=1)
             found.append(to_map(nearest_cosine(queries, patches)[0] / 2, layer))
         return torch.stack(found).mean(0)
+
+    def _patches(self, layer: int, category: str | None) -> Tensor | None:
+        bank = self._banks[layer]
+        if self.options.bank == "shared":
+            return bank.joint
+        known = category in bank.categories and self.options.bank == "category"
+        return bank[category] if known else None
+
+    def references(
+        self, category: str | None, size: tuple[int, int] | None = None
+    ) -> dict[str, Tensor]:
+        banks = {f"bank{k}": self._patches(k, category) for k in range(len(self._banks))}
+        known = {name: patches for name, patches in banks.items() if patches is not None}
+        return {"texts": self._pair(category)} | known
+
+    def take(self, category: str | None, references: Mapping[str, Tensor]) -> None:
+        self._words[category] = ""
+        self._texts = {"": references["texts"]}
+        for number, bank in enumerate(self._banks):
+            patches = references.get(f"bank{number}")
+            bank.load({} if patches is None else {category or "": patches})
 
     def heat_unit(self, category: str | None) -> float:
         return 0.3
@@ -386,7 +405,7 @@ class AnoPleNetwork(AroundClip):
         prompts = dict(enumerate(self.mixed()[1]))
         prefix = self.prefix[view] if self.options.prefix != "none" else None  # (R, 1, C)
         if prompts:
-            rows = prompts.pop(0).expand(len(images), -1, -1)
+            rows = prompts.pop(0).expand(images.shape[0], -1, -1)
             if prefix is not None and self.options.prefix == "add":
                 rows = rows + prefix
             tokens = torch.cat([tokens, rows.to(tokens.dtype)], dim=1)

@@ -8,7 +8,6 @@ left to the network, which then puts noise into the tokens that a mask marks.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -59,14 +58,8 @@ class Views:
         self._plain = features.engine.preprocess
         self._patch = self._plain.multiple
         self._device = features.engine.device
-        double = None if self._plain.resize is None else 2 * self._plain.resize
-        self._large = replace(
-            self._plain,
-            image_size=2 * self._plain.image_size,
-            multiple=2 * self._plain.multiple,
-            resize=double,
-        )
-        self._decoded: dict[int, ByteArray] = {}
+        self._large = self._plain.doubled
+        self._decoded: dict[int, tuple[ByteArray, BoolArray | None]] = {}
         self.categories = list(dict.fromkeys(sample.category or "" for sample in self._samples))
 
     def __len__(self) -> int:
@@ -94,13 +87,15 @@ class Views:
     def _make(self, number: int, step: int) -> list[Tensor]:
         rng = np.random.default_rng([self._seed, step, number])
         sample = self._samples[number]
-        clean = self._read(number)
+        clean, hidden = self._read(number)
         in_pixels = rng.random() < self._pixels
         pseudo, mask = (
             self._synthesizer(clean, rng, sample.category)
             if in_pixels
             else (clean, np.zeros(clean.shape[:2], dtype=bool))
         )
+        if hidden is not None:
+            mask = mask & ~hidden
         masks = quarters(mask, shrunk_mask(mask))[: self._count]
         grid = masks[0].shape[0] // self._patch, masks[0].shape[1] // self._patch
         noise = np.zeros((self._count, *grid), dtype=bool)
@@ -108,28 +103,32 @@ class Views:
             noise = np.stack([noise_boxes(grid, rng) for _ in range(self._count)])
             masks = list(noise.repeat(self._patch, 1).repeat(self._patch, 2))
         return [
-            self._tensors(clean),
-            self._tensors(pseudo),
+            self._tensors(clean, hidden),
+            self._tensors(pseudo, hidden),
             torch.from_numpy(np.stack(masks)).float(),
             torch.from_numpy(noise).float(),
             torch.tensor(self.categories.index(sample.category or "")),
         ]
 
-    def _read(self, number: int) -> ByteArray:
-        """Return an image's pixels at twice the size of the network's input."""
+    def _read(self, number: int) -> tuple[ByteArray, BoolArray | None]:
+        """Return an image at twice the size of the network's input, and what of it is ignored."""
         if number not in self._decoded:
-            _, pixels = read_pixels(self._samples[number], self._large)
+            item, pixels = read_pixels(self._samples[number], self._large)
             if len(self._decoded) >= _REMEMBERED:
                 self._decoded.pop(next(iter(self._decoded)))
-            self._decoded[number] = pixels
+            self._decoded[number] = pixels, item.hidden(*pixels.shape[:2])
         return self._decoded[number]
 
-    def _tensors(self, image: ByteArray) -> Tensor:
-        """Return an image's views ``[V, 3, h, w]``."""
+    def _tensors(self, image: ByteArray, hidden: BoolArray | None) -> Tensor:
+        """Return an image's views ``[V, 3, h, w]``, 0 where it is ignored."""
         height, width = image.shape[:2]
         whole = Image.fromarray(image).resize((width // 2, height // 2), Image.Resampling.BICUBIC)
         views = quarters(image, np.asarray(whole))[: self._count]
-        return torch.from_numpy(np.stack([self._plain.normalized(view) for view in views]))
+        tensors = torch.from_numpy(np.stack([self._plain.normalized(view) for view in views]))
+        if hidden is not None:
+            blank = quarters(hidden, hidden[1::2, 1::2])[: self._count]
+            tensors *= torch.from_numpy(~np.stack(blank))[:, None]
+        return tensors
 
 
 def quarters(large: npt.NDArray[_Pixel], whole: npt.NDArray[_Pixel]) -> list[npt.NDArray[_Pixel]]:

@@ -199,6 +199,24 @@ class Method(ABC):
         """Return a map value that deserves a strong colour where nothing is calibrated."""
 
     @property
+    def obstacle(self) -> str | None:
+        """What stands in the way of exporting the method with these options, None if nothing."""
+        return None
+
+    def references(
+        self, category: str | None, size: tuple[int, int] | None = None
+    ) -> dict[str, Tensor]:
+        """Return all that `score` reads of what is known of a category, for an exported graph.
+
+        ``size`` is that of the network's input, (height, width), None where any may come.
+        """
+        return {}
+
+    def take(self, category: str | None, references: Mapping[str, Tensor]) -> None:
+        """Know of one category alone, by what `references` returned: symbols, while exporting."""
+        return
+
+    @property
     def explains(self) -> bool:
         """Whether `attention_maps` has something to show in the report."""
         return False

@@ -143,10 +143,8 @@ class Episodes:
         """Return the mask of an image at the size of the network's input, 0 if it is normal."""
         if self._features.samples[number].label == 1:
             return self._defect(number)[1]
-        engine = self._features.engine
-        return torch.zeros(
-            engine.preprocess.output_size(*self._features.size(number)), device=engine.device
-        )
+        device = self._features.engine.device
+        return torch.zeros(self._features.place(number).input, device=device)
 
     def _defect(self, number: int) -> tuple[Tensor, Tensor]:
         """Return an abnormal image's coverage of the patches and its mask, read from disk once."""
@@ -157,16 +155,15 @@ class Episodes:
         return coverage.to(device), mask.to(device).float()
 
     def _read(self, number: int) -> tuple[Tensor, Tensor]:
-        sample, size = self._features.samples[number], self._features.size(number)
+        sample, place = self._features.samples[number], self._features.place(number)
         if sample.mask is None:
             raise ValueError(f"{sample.path} has no mask")
-        marked = read_mask(sample.mask, size, sample.path)
+        marked = place.counted(read_mask(sample.mask, place.size, sample.path))
         if not marked.any():
             raise InputError(
-                f"{sample.mask}: marks no pixel; mark the defect, or take the image out"
+                f"{sample.mask}: marks no pixel that counts; mark the defect, or take the image out"
             )
-        preprocess = self._features.engine.preprocess
-        box, target = preprocess.box(*size), preprocess.output_size(*size)
         height, width = self._map(number).shape[-2:]
-        coverage, mask = defect_on_grids(marked, box, (height, width), target, sample.path)
+        grids = place.box, (height, width), place.input
+        coverage, mask = defect_on_grids(marked, *grids, sample.path)
         return torch.from_numpy(coverage), torch.from_numpy(mask)

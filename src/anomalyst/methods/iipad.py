@@ -246,8 +246,17 @@ class Iipad(TrainedMethod):
         if self.options.memory == "none":
             return torch.zeros(patches[0].shape[:2], device=rows.device)
         if self.options.memory == "shared":
-            rows = torch.arange(len(bank.objects), device=rows.device).expand(len(rows), -1)
+            rows = torch.arange(bank.objects.shape[0], device=rows.device).expand(rows.shape[0], -1)
         return visual_map(patches, bank.patches, rows)
+
+    def references(
+        self, category: str | None, size: tuple[int, int] | None = None
+    ) -> dict[str, Tensor]:
+        return self.memory.references() if self.memory.shots else {}
+
+    def take(self, category: str | None, references: Mapping[str, Tensor]) -> None:
+        if references:
+            self.memory.take(references)
 
     def heat_unit(self, category: str | None) -> float:
         """Where A^p is undecided and the patch half as far from normal as it can be."""
@@ -282,7 +291,7 @@ def _entries(seen: IipadMaps) -> Entries:
 
 def _as_maps(values: Tensor, seen: IipadMaps) -> Tensor:
     """Return values ``[B, R]`` of patches as maps ``[B, h, w]``."""
-    return values.reshape(len(values), *seen.local[0].shape[-2:])
+    return values.reshape(values.shape[0], *seen.local[0].shape[-2:])
 
 
 class IipadNetwork(AroundClip):
@@ -326,15 +335,15 @@ class IipadNetwork(AroundClip):
         words = self.generator(objects[..., 0].mT, v).flatten(0, 1)  # (2 B, L, d)
         start, end = self.text.embed(self.text.tokenize([""])[0, :2])
         sequence = torch.cat(
-            [start.expand(len(words), 1, -1), words, end.expand(len(words), 1, -1)], dim=1
+            [start.expand_as(words[:, :1]), words, end.expand_as(words[:, :1])], dim=1
         )
-        last = torch.full((len(words),), words.shape[1] + 1, device=words.device)
+        last = torch.full((words.shape[0],), words.shape[1] + 1, device=words.device)
         found, tokens = self.text.encode(sequence, last)
         tokens = functional.normalize(tokens[:, 1:-1], dim=-1)
         # (2 B, ...) -> (B, 2, ...)
         return (
-            functional.normalize(found, dim=-1).reshape(len(v), 2, -1),
-            tokens.reshape(len(v), 2, *tokens.shape[1:]),
+            functional.normalize(found, dim=-1).reshape(-1, 2, found.shape[1]),
+            tokens.reshape(-1, 2, *tokens.shape[1:]),
         )
 
     def forward(self, part: Sequence[Tensor]) -> dict[str, Tensor]:

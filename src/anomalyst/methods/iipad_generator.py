@@ -69,7 +69,7 @@ class Generator(nn.Module):
         made = []
         for prompts, branch in zip(self.prompts, self.branches, strict=True):
             tokens, objects_said = branch(objects, v)
-            slots = prompts.expand(len(v), -1, -1)
+            slots = prompts.expand(v.shape[0], -1, -1)
             slots = sum((part for part in (lean, *tokens) if part is not None), start=slots)
             made.append(torch.cat([slots, *objects_said], dim=1))
         return torch.stack(made, dim=1)
@@ -201,4 +201,4 @@ class Spread(nn.Module):
 
     def forward(self, token: Tensor) -> Tensor:
         made: Tensor = self.layers(token[:, 0])
-        return made.reshape(len(made), self.slots, -1)  # (B, T * d) -> (B, T, d)
+        return made.reshape(made.shape[0], self.slots, -1)  # (B, T * d) -> (B, T, d)

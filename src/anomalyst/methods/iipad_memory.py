@@ -86,6 +86,16 @@ class Memory:
         found = alike.topk(min(count, alike.shape[1]), dim=1)
         return found.indices, found.values
 
+    def references(self) -> dict[str, Tensor]:
+        """Return `all` by name."""
+        objects, prompts, patches = self.all
+        return {"objects": objects, "prompts": prompts} | dict(zip(_PATCHES, patches, strict=True))
+
+    def take(self, references: Mapping[str, Tensor]) -> None:
+        """Let ``references`` be `all`; `shots` stays what it was."""
+        patches = [references[part] for part in _PATCHES]
+        self._all = Entries(references["objects"], references["prompts"], patches)
+
     def tensors(self) -> dict[str, Tensor]:
         """Return everything kept, by part and category."""
         named: dict[str, Tensor] = {}

@@ -40,7 +40,7 @@ from anomalyst.features.backbones import BackboneSpec
 from anomalyst.methods.base import Condenser, MethodOptions, TrainedMethod, TrainingOptions
 from anomalyst.methods.coreset import thin_out
 from anomalyst.methods.losses import average_over_processes
-from anomalyst.methods.memory_bank import Banks, nearest_cosine
+from anomalyst.methods.memory_bank import Banks, nearest_cosine, top_mean
 from anomalyst.methods.stable_adamw import StableAdamW
 from anomalyst.methods.views import PLAIN, View, variants
 
@@ -175,7 +175,7 @@ class InpFormer(TrainedMethod):
         if self.options.score == "prototypes":
             tokens = self.network.fuse(features)
             distance = nearest_distance(tokens, self.network.extractor(tokens))
-            maps = distance.view(len(distance), *features[0].shape[-2:])  # (B, N) -> (B, h, w)
+            maps = distance.view(-1, *features[0].shape[-2:])  # (B, N) -> (B, h, w)
         else:
             maps = reconstruction_distance(features, self.network.reconstruct(features))
             maps = self._with_stored(maps, features)
@@ -193,6 +193,14 @@ class InpFormer(TrainedMethod):
         unit = functional.normalize(self.network.fuse(features), dim=2).flatten(0, 1)
         distance, _ = nearest_cosine(unit, bank)
         return (maps * distance.clamp(min=0).view_as(maps)).sqrt()
+
+    def references(
+        self, category: str | None, size: tuple[int, int] | None = None
+    ) -> dict[str, Tensor]:
+        return {} if self._stored.joint is None else {"stored": self._stored.joint}
+
+    def take(self, category: str | None, references: Mapping[str, Tensor]) -> None:
+        self._stored.load(references)
 
     def tensors(self) -> dict[str, Tensor]:
         stored = {f"{_STORED}{name}": bank for name, bank in self._stored.tensors().items()}
@@ -298,7 +306,7 @@ class InpNetwork(nn.Module):
             outputs.append(x)
         means = group_means(outputs[::-1], self.options.groups)
         # (B, N, C) -> (B, C, h, w)
-        return [mean.transpose(1, 2).reshape(len(x), -1, *grid) for mean in means]
+        return [mean.transpose(1, 2).reshape(*x.shape[::2], *grid) for mean in means]
 
 
 class Mlp(nn.Module):
@@ -345,7 +353,7 @@ class Extractor(nn.Module):
         self.mlp = Mlp(width)
 
     def forward(self, features: Tensor) -> Tensor:
-        start = self.tokens.expand(len(features), -1, -1)
+        start = self.tokens.expand(features.shape[0], -1, -1)
         q, k, v = self.attn.split(self.norm1(start), self.norm1(features))
         read = functional.scaled_dot_product_attention(q, k, v)  # softmax over the N tokens
         x: Tensor = start + self.attn.proj(read.transpose(1, 2).flatten(2))
@@ -464,13 +472,12 @@ def smoothed_map(maps: Tensor, stride: int) -> Tensor:
     Gaussian of sigma 4 with zeros outside, which damps the border.
     """
     height, width = maps.shape[-2:]
-    scale = _SIDE / min(height, width)
+    short: Any = torch.sym_min(height, width)
+    side = [(2 * _SIDE * long + short) // (2 * short) for long in (height, width)]  # rounded
     full = functional.interpolate(
         maps[:, None], (height * stride, width * stride), mode="bilinear", align_corners=True
     )
-    small = functional.interpolate(
-        full, (round(height * scale), round(width * scale)), mode="bilinear"
-    )
+    small = functional.interpolate(full, side, mode="bilinear")
     line = torch.exp(-0.5 * (torch.arange(-2, 3).to(maps) / 4) ** 2)
     kernel = torch.outer(line, line)
     kernel = kernel / kernel.sum()
@@ -479,5 +486,4 @@ def smoothed_map(maps: Tensor, stride: int) -> Tensor:
 
 def image_score(maps: Tensor, stride: int) -> Tensor:
     """Return the mean ``[B]`` of the highest 1 % of the smoothed map's pixels."""
-    pixels = smoothed_map(maps, stride).flatten(1)
-    return pixels.topk(max(int(pixels.shape[1] * _TOP), 1), dim=1).values.mean(dim=1)
+    return top_mean(smoothed_map(maps, stride), _TOP)

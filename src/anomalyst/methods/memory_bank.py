@@ -6,6 +6,7 @@ Shared by the memory-bank methods: PatchCore searches by Euclidean distance, Ano
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from anomalyst.errors import unknown
 # Columns of the bank that one matrix product takes: the product of a batch of 8 images of 20 x 20
 # patches then stays near 25 MB, whatever the bank's size.
 _BLOCK = 2048
+_WIDE = 16384  # the same in an exported graph
 
 
 def to_patches(feature_map: Tensor) -> Tensor:
@@ -53,19 +55,35 @@ def nearest_euclidean(queries: Tensor, bank: Tensor) -> tuple[Tensor, Tensor]:
 
 def _blocked_max(queries: Tensor, bank: Tensor, offset: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return max and argmax over bank rows b of ``q . b + offset_b``, a block at a time."""
-    best = queries.new_full((len(queries),), -torch.inf)
-    index = torch.zeros(len(queries), dtype=torch.long, device=queries.device)
-    for start in range(0, len(bank), _BLOCK):
-        block = bank[start : start + _BLOCK]
+    best = queries.new_full((queries.shape[0],), -torch.inf)
+    index = torch.zeros_like(best, dtype=torch.long)
+    for start, end in pairwise(_cuts(bank.shape[0])):
+        block = bank[start:end]
         if offset is None:
             product = queries @ block.T  # (N, C) (C, block) -> (N, block)
         else:
-            product = torch.addmm(offset[start : start + _BLOCK], queries, block.T)
+            product = torch.addmm(offset[start:end], queries, block.T)
         value, column = product.max(dim=1)
         better = value > best
         best = torch.where(better, value, best)
         index = torch.where(better, column + start, index)
     return best, index
+
+
+def _cuts(rows: int) -> list[int]:
+    """Return where blocks of a bank begin, and where the last one ends.
+
+    A graph has as many blocks for every bank that it takes, the last one longer: few, as it copies
+    each.
+    """
+    if not torch.compiler.is_compiling():
+        return [*range(0, rows, _BLOCK), rows]
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    starts = [0]
+    while statically_known_true(rows >= starts[-1] + 2 * _WIDE):  # of a symbol, its least value
+        starts.append(starts[-1] + _WIDE)
+    return [*starts, rows]
 
 
 class Banks:
@@ -111,7 +129,7 @@ class Banks:
 def top_mean(maps: Tensor, share: float) -> Tensor:
     """Return the mean ``[B]`` of the highest ``floor(share * N)`` of N patches, at least one."""
     flat = maps.flatten(1)
-    count = max(int(flat.shape[1] * share), 1)
+    count = torch.sym_max(torch.sym_int(flat.shape[1] * share), 1)
     return flat.topk(count, dim=1).values.mean(dim=1)
 
 

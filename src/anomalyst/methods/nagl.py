@@ -58,6 +58,7 @@ from anomalyst.methods.memory_bank import (
     to_patches,
     top_mean,
 )
+from anomalyst.methods.nagl_guide import Guide, guide_from, references_of
 from anomalyst.methods.nagl_losses import logit_losses, ranking_losses, score_losses
 from anomalyst.methods.proxy_attention import (
     ProxyAttention,
@@ -165,34 +166,6 @@ _AS_AUTHORS: Mapping[str, Any] = {
 # ---- the network --------------------------------------------------------------------------------
 
 
-class Guide(NamedTuple):
-    """What the references of one product come to.
-
-    Attributes
-    ----------
-    bank, unit
-        Patches of the normal references ``[N, C]``, and the same at unit length.
-    healthy
-        Those of the healthy parts of abnormal ones, at unit length ``[H, C]``.
-    differences
-        Residuals of the healthy parts, at unit length ``[H, C]``.
-    defects
-        Patches inside the masks, at unit length ``[D, C]``.
-    residuals
-        Of those that are mined, at unit length ``[R, C]``.
-    proxies
-        Residual proxies P~ ``[K, M, C]``; none without abnormal references.
-    """
-
-    bank: Tensor
-    unit: Tensor
-    healthy: Tensor
-    differences: Tensor
-    defects: Tensor
-    residuals: Tensor
-    proxies: Tensor
-
-
 class Scores(NamedTuple):
     """Score maps ``[B, h, w]``: fused, normal-guided and anomaly-guided."""
 
@@ -278,10 +251,17 @@ class NaglNetwork(nn.Module):
         mined, _ = self.mine_cross(self.proxies.expand(len(keys), -1, -1), keys, residuals)
         return self.mine_self(mined, mined, mined)[0]  # type: ignore[no-any-return]
 
-    def learn(self, proxies: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Return anomaly proxies ``[B, M, C]`` and AFL's logits ``[B, heads, M, N]``."""
+    def learn(
+        self, proxies: Tensor, keys: Tensor, values: Tensor, sets: int = 1
+    ) -> tuple[Tensor, Tensor]:
+        """Return anomaly proxies ``[B, M, C]`` and AFL's logits ``[B, heads, M, N]``.
+
+        ``proxies`` are so many ``sets`` of the same size in a row, which do not see each other.
+        """
         found, logits = self.learn_cross(proxies, keys, values)
-        return self.learn_self(found, found, found)[0], logits
+        width = found.shape[2]
+        apart = found.reshape(-1, found.shape[1] // sets, width)  # (B * sets, M / sets, C)
+        return self.learn_self(apart, apart, apart)[0].reshape(found.shape), logits
 
     def score(self, guide: Guide, maps: Tensor) -> Scores:
         """Return the scores of feature maps ``[B, C, h, w]``."""
@@ -289,11 +269,11 @@ class NaglNetwork(nn.Module):
         patches = to_patches(maps)
         unit = functional.normalize(patches, dim=1)
         normal, residual = nearest_normal(patches, guide.bank, guide.unit, self.options.matching)
-        if len(guide.healthy):
+        if guide.healthy.shape[0]:
             normal = normal.minimum(nearest_cosine(unit, guide.healthy)[0].clamp(min=0) / 2)
         s_n = to_map(normal, maps)
         parts = self.options.parts
-        if parts == "normal" or not len(guide.proxies):
+        if parts == "normal" or not guide.proxies.shape[0]:
             return Scores(s_n, s_n, torch.zeros_like(s_n))
         if parts != "full":
             s_a = to_map(1 - nearest_cosine(unit, guide.defects)[0] / 2, maps)
@@ -303,7 +283,7 @@ class NaglNetwork(nn.Module):
             return Scores((s_n + s_a) / 2, s_n, s_a)
         difference = functional.normalize(residual, dim=1)
         rho = 1 - nearest_cosine(difference, guide.residuals)[0]
-        if len(guide.differences):
+        if guide.differences.shape[0]:
             rho = rho - (1 - nearest_cosine(difference, guide.differences)[0])
         a, b = functional.softplus(self.gains)
         return Scores(s_n * torch.exp(a * to_map(rho, maps) + b * s_a), s_n, s_a)
@@ -315,22 +295,24 @@ class NaglNetwork(nn.Module):
         keys = residual.view(batch, -1, width)
         if self.options.positions != "none":
             keys = keys + position_code(grid_places(*grid), width).to(maps)
-        found = []
-        for proxies in guide.proxies:
-            anomaly, logits = self.learn(proxies.expand(batch, -1, -1), keys, tokens)
-            found.append(self._likeness(tokens, anomaly, logits, s_n.flatten(1)))
-        return torch.stack(found).amax(0).view_as(s_n)
+        sets, count = guide.proxies.shape[:2]
+        proxies = guide.proxies.flatten(0, 1).expand(batch, -1, -1)  # (B, K * M, C)
+        anomaly, logits = self.learn(proxies, keys, tokens, sets)
+        anomaly = anomaly.view(batch, sets, count, width)
+        logits = logits.view(batch, -1, sets, count, logits.shape[3])
+        found = self._likeness(tokens, anomaly, logits, s_n.flatten(1)[:, None])
+        return found.amax(1).view_as(s_n)
 
     def _likeness(self, tokens: Tensor, anomaly: Tensor, logits: Tensor, s_n: Tensor) -> Tensor:
-        """Return S_a ``[B, N]`` in [0, 1] of one set of anomaly proxies."""
-        unit = functional.normalize(tokens, dim=-1)
-        cosine = unit @ functional.normalize(anomaly, dim=-1).transpose(1, 2)  # (B, N, M)
+        """Return S_a ``[B, K, N]`` in [0, 1] of K sets of anomaly proxies."""
+        unit = functional.normalize(tokens, dim=-1)[:, None]
+        cosine = unit @ functional.normalize(anomaly, dim=-1).mT  # (B, K, N, M)
         if self.options.guidance == "sum":
             return (1 + cosine.mean(-1)) / 2
         contrast, attention, offset, sharpness = self.logit
         count, sharp = log(cosine.shape[-1]), sharpness.exp()
         best = ((cosine * sharp).logsumexp(-1) - count) / sharp
-        seen = (logits.logsumexp(2) - count).mean(1)  # over proxies, then heads: (B, N)
+        seen = (logits.logsumexp(3) - count).mean(1)  # over proxies, then heads: (B, K, N)
         # cos(f, P^) against cos(f, f^n) = 1 - 2 S_n, halved to distances.
         return torch.sigmoid(contrast * ((1 + best) / 2 - (1 - s_n)) + attention * seen + offset)
 
@@ -394,6 +376,7 @@ class Nagl(TrainedMethod):
         self._normal: dict[str, Tensor] = {}
         self._defects: dict[str, list[Defect]] = {}
         self._guides: dict[str, Guide] = {}
+        self._guided: Tensor | None = None
 
     @property
     def judges_unseen(self) -> bool:
@@ -450,8 +433,21 @@ class Nagl(TrainedMethod):
         if category is None or category not in self._guides:
             raise unknown("category", category or "", self._guides)
         with torch.inference_mode():
-            maps = self.network.score(self._guides[category], resize_like(features)).fused
+            scores = self.network.score(self._guides[category], resize_like(features))
+            maps = scores.fused
+            if self._guided is not None:
+                maps = torch.where(self._guided > 0, maps, scores.normal)
         return maps, top_mean(maps, _TOP)
+
+    def references(
+        self, category: str | None, size: tuple[int, int] | None = None
+    ) -> dict[str, Tensor]:
+        guided = any(len(guide.proxies) for guide in self._guides.values())
+        return references_of(self._guides[category or ""], self.network.proxies, guided)
+
+    def take(self, category: str | None, references: Mapping[str, Tensor]) -> None:
+        self._guides = {category or "": guide_from(references)}
+        self._guided = references.get("guided")
 
     def heat_unit(self, category: str | None) -> float:
         guide = self._guides.get(category or "")

@@ -50,6 +50,7 @@ from anomalyst.methods.prompt_decoders import (
     EncoderLayer,
     PositionCode,
     QueryDecoder,
+    cell_means,
     neighbour_mask,
     resized,
 )
@@ -177,6 +178,7 @@ class OneNip(TrainedMethod):
         self.network.eval()
         self._prompts: dict[str, Tensor] = {}
         self._encoded: dict[tuple[str, tuple[int, int]], Tensor] = {}
+        self._taken: Mapping[str, Tensor] = {}
 
     @classmethod
     def default_layers(cls, backbone: BackboneSpec) -> tuple[int, ...]:
@@ -240,6 +242,9 @@ class OneNip(TrainedMethod):
 
     def _tokens(self, category: str, grid: tuple[int, int]) -> Tensor:
         """Return a category's encoded prompts ``[K, L, d]`` on a grid, computed once."""
+        if (prompts := self._taken.get("prompts")) is not None:
+            known = self._taken.get("encoded")
+            return known if known is not None else self.network.encode(resized(prompts, grid))
         if (category, grid) not in self._encoded:
             if len(self._encoded) >= _ENCODED:
                 self._encoded.clear()
@@ -253,15 +258,26 @@ class OneNip(TrainedMethod):
             raise unknown("category", category or "", self._prompts)
         maps = features[0]
         tokens = self._tokens(category, (maps.shape[-2], maps.shape[-1]))
-        if len(tokens) > 1 and self.options.choice == "nearest":
+        if tokens.shape[0] > 1 and self.options.choice == "nearest":
             chosen = (describe([maps]) @ describe([self._prompts[category]]).T).argmax(1)
             prompts = [tokens[chosen]]
         else:
-            prompts = [one.expand(len(maps), -1, -1) for one in tokens]
+            prompts = [one.expand(maps.shape[0], -1, -1) for one in tokens]
         found = torch.stack([self.network.judge(maps, each) for each in prompts]).mean(0)
         # Four values a patch are as fine as the refiner sees; at its centres, not at corners.
-        size = (_SHOWN * maps.shape[-2], _SHOWN * maps.shape[-1])
-        return functional.adaptive_avg_pool2d(found, size), image_score(found)
+        return cell_means(found, self.network.stride, _SHOWN), image_score(found)
+
+    def references(
+        self, category: str | None, size: tuple[int, int] | None = None
+    ) -> dict[str, Tensor]:
+        prompts = self._prompts[category or ""]
+        if size is None:
+            return {"prompts": prompts}
+        grid = (size[0] // self.network.stride, size[1] // self.network.stride)
+        return {"prompts": prompts, "encoded": self._tokens(category or "", grid)}
+
+    def take(self, category: str | None, references: Mapping[str, Tensor]) -> None:
+        self._prompts, self._taken = {category or "": references["prompts"]}, references
 
     def heat_unit(self, category: str | None) -> float:
         return float(self.network.scale)
@@ -375,7 +391,8 @@ class OneNipNetwork(nn.Module):
         decoder: Decoder = self.decoder
         mask = self._mask(grid) if self.options.masked == "all" else None
         rebuilt: Tensor = self.rebuild(decoder(tokens, prompts, grid, self.code(grid), mask))
-        return rebuilt.transpose(1, 2).reshape(len(tokens), -1, *grid)  # (B, L, C) -> (B, C, h, w)
+        # (B, L, C) -> (B, C, h, w)
+        return rebuilt.transpose(1, 2).reshape(tokens.shape[0], -1, *grid)
 
     def forward(self, part: Sequence[Tensor]) -> dict[str, Tensor]:
         """Return the losses of clean maps, their pseudo-anomalies, masks and prompts.

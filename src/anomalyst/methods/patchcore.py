@@ -99,16 +99,25 @@ class PatchCore(Method):
         highest, patch = maps.flatten(1).max(dim=1)
         if self.options.reweight < 2:
             return maps, highest
-        first = torch.arange(len(maps), device=maps.device) * maps[0].numel()
+        first = torch.arange(maps.shape[0], device=maps.device) * (maps.shape[1] * maps.shape[2])
         return maps, highest * self._weight(queries[first + patch], index[first + patch], bank)
 
     def _weight(self, patches: Tensor, neighbours: Tensor, bank: Tensor) -> Tensor:
         """Return eq. 7's factor ``[B]`` in [0, 1) for the highest-scoring patches ``[B, D]``."""
-        count = min(self.options.reweight, len(bank))
-        around = torch.cdist(bank[neighbours], bank).topk(count, largest=False).indices  # (B, b)
+        count = min(self.options.reweight, bank.shape[0])
+        near = bank[neighbours] @ bank.T - bank.square().sum(1) / 2
+        around = near.topk(count).indices  # (B, b)
         distance = (patches[:, None] - bank[around]).norm(dim=2)  # (B, b)
         nearest = (patches - bank[neighbours]).norm(dim=1)
         return 1 - torch.exp(nearest - distance.logsumexp(dim=1))
+
+    def references(
+        self, category: str | None, size: tuple[int, int] | None = None
+    ) -> dict[str, Tensor]:
+        return {"bank": self._banks[category]}
+
+    def take(self, category: str | None, references: Mapping[str, Tensor]) -> None:
+        self._banks.load({category or "": references["bank"]})
 
     def heat_unit(self, category: str | None) -> float:
         return float(self._banks[category].norm(dim=1).mean()) / 2

@@ -22,10 +22,10 @@ def neighbour_mask(grid: tuple[int, int]) -> Tensor | None:
     patch can only be rebuilt from what lies further away. None for a single patch.
     """
     height, width = grid
-    if height * width == 1:
+    if isinstance(height, int) and height * width == 1:
         return None  # it has no neighbours, and nothing else to look at
-    rows = torch.arange(height).repeat_interleave(width)
-    columns = torch.arange(width).repeat(height)
+    rows = torch.arange(height)[:, None].expand(-1, width).flatten()
+    columns = torch.arange(width).expand(height, -1).flatten()
     near_rows = (rows[:, None] - rows).abs() <= height // 2 // 2
     near_columns = (columns[:, None] - columns).abs() <= width // 2 // 2
     return near_rows & near_columns
@@ -33,9 +33,25 @@ def neighbour_mask(grid: tuple[int, int]) -> Tensor | None:
 
 def resized(maps: Tensor, grid: Sequence[int]) -> Tensor:
     """Return maps ``[B, C, h, w]`` on another grid, corners upon corners."""
-    if tuple(maps.shape[-2:]) == tuple(grid):
-        return maps
+    sizes = (*maps.shape[-2:], *grid)
+    if all(isinstance(size, int) for size in sizes) and sizes[:2] == sizes[2:]:
+        return maps  # of a graph's symbols nobody knows whether they are the same
     return functional.interpolate(maps, tuple(grid), mode="bilinear", align_corners=True)
+
+
+def cell_means(maps: Tensor, stride: int, count: int) -> Tensor:
+    """Return the means ``[B, count h, count w]`` of maps ``[B, stride h, stride w]``.
+
+    Those of adaptive average pooling, whose windows repeat with each patch of ``stride`` pixels.
+    """
+    windows = maps.new_zeros(count, stride)
+    for k in range(count):
+        first, end = k * stride // count, -(-(k + 1) * stride // count)
+        windows[k, first:end] = 1 / (end - first)
+    batch, _, width = maps.shape
+    rows = windows @ maps.reshape(batch, -1, stride, width)  # (B, h, count, stride w)
+    rows = rows.reshape(batch, -1, width // stride, stride)
+    return (rows @ windows.T).flatten(2)  # (B, count h, w, count) -> (B, count h, count w)
 
 
 class PositionCode(nn.Module):
@@ -57,7 +73,7 @@ class PositionCode(nn.Module):
 
 
 def _resampled(table: Tensor, length: int) -> Tensor:
-    if len(table) == length:
+    if isinstance(length, int) and len(table) == length:
         return table
     lines = functional.interpolate(table.T[None], length, mode="linear", align_corners=True)
     return lines[0].T
@@ -228,7 +244,7 @@ class QueryLayer(nn.Module):
         self.drop = nn.Dropout(dropout)
 
     def forward(self, t: Tensor, x: Tensor, o: Tensor, code: Tensor, mask: Tensor | None) -> Tensor:
-        t = t.expand(len(x), -1, -1)
+        t = t.expand(x.shape[0], -1, -1)
         t = self.norm1(t + self.drop(self.ask_memory(t + code, x + code, x, mask)))
         t = self.norm2(t + self.drop(self.ask_output(t + code, o + code, o, mask)))
         out: Tensor = self.norm3(t + self.drop(self.mlp(t)))

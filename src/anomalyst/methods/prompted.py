@@ -183,6 +183,8 @@ class Prompted:
             source = self._read(int(rng.choice(others)))[1]
         image, mask = self._synthesizer(pixels, rng, plain.category, source)
         tensor = self._features.engine.preprocess.normalized(image)
+        if (hidden := plain.hidden(*mask.shape)) is not None:
+            tensor[:, hidden], mask = 0, mask & ~hidden
         content = f"resized {image.shape} {hashlib.sha256(image.tobytes()).hexdigest()}"
         return replace(plain, tensor=tensor, sha256=content), mask
 
@@ -210,7 +212,7 @@ class Prompted:
 
     def _untouched(self, number: int) -> tuple[Tensor, Tensor]:
         engine = self._features.engine
-        size = engine.preprocess.output_size(*self._features.size(number))
+        size = self._features.place(number).input
         return self._maps(number), torch.zeros(size, device=engine.device)
 
 

@@ -79,7 +79,7 @@ class WinClipTower(ClipTower):
 
         ends = self.look(entering, windows, tap)
         embedded = functional.normalize(self.project(ends), dim=-1)
-        grids: list[Grid] = [*((len(w), w.shape[1]) for w in windows), (1, 1)]
+        grids: list[Grid] = [*((w.shape[0], w.shape[1]) for w in windows), (1, 1)]
         parts = torch.split(embedded, [down * across for down, across in grids], dim=1)
         *seen, whole = (patch_map(part, at) for part, at in zip(parts, grids, strict=True))
         patches = torch.cat([patch_map(tapped[layer], grid) for layer in self.layers], dim=1)
@@ -102,14 +102,17 @@ class WinClipTower(ClipTower):
 
     def _alone(self, entering: Tensor, windows: Tensor) -> Tensor:
         """Return the last CLS ``[B, W, C]`` of windows ``[W, n]``, each seen on its own."""
-        images, count = len(entering), 1 + windows.shape[1]
+        count = 1 + windows.shape[1]
+        portions: Sequence[Tensor] = [windows]  # a graph does not know yet how many there will be
+        if not torch.compiler.is_compiling():
+            portions = torch.split(windows, max(_TOKENS // (len(entering) * count), 1))
         ends = []
-        for some in torch.split(windows, max(_TOKENS // (images * count), 1)):
-            cls = entering[:, None, :1].expand(-1, len(some), -1, -1)
+        for some in portions:
+            cls = entering[:, None, :1].expand(-1, some.shape[0], -1, -1)
             tokens = torch.cat([cls, entering[:, 1 + some]], dim=2)  # (B, W, 1 + n, C)
             tokens = run_blocks(self.blocks[:-1], tokens.flatten(0, 1))
             last = _cls_behind(self.blocks[-1], tokens)
-            ends.append(last.view(images, len(some), -1))  # (B W, C) -> (B, W, C)
+            ends.append(last.view(-1, some.shape[0], last.shape[1]))  # (B W, C) -> (B, W, C)
         return torch.cat(ends, dim=1)
 
 
@@ -129,7 +132,7 @@ class SharedWinClipTower(WinClipTower):
         branch = len(self.blocks) * 2 // 3
         tokens = run_blocks(self.blocks[:branch], entering, hook=tap)
         mask = window_mask(windows, entering.shape[1])
-        own = tokens[:, :1].expand(-1, len(mask) - tokens.shape[1], -1)
+        own = tokens[:, :1].expand(-1, mask.shape[0] - tokens.shape[1], -1)
         tokens = run_blocks(
             self.blocks[branch:],
             torch.cat([tokens, own], dim=1),
@@ -150,9 +153,14 @@ def _cls_behind(block: Any, tokens: Tensor) -> Tensor:
 def window_patches(grid: Grid, side: int) -> Tensor:
     """Return the patch numbers ``[h', w', n]`` of all square windows of a grid, stride 1."""
     numbers = torch.arange(grid[0] * grid[1]).view(grid)
-    for axis, length in enumerate(grid):
-        numbers = numbers.unfold(axis, min(side, length), 1)
-    return numbers.flatten(2)  # (h', w', k, k) -> (h', w', n)
+    down, across = (min(side, length) for length in grid)
+    height, width = grid[0] - down + 1, grid[1] - across + 1
+    inside = [
+        numbers[row : row + height, column : column + width]
+        for row in range(down)
+        for column in range(across)
+    ]
+    return torch.stack(inside, dim=2)
 
 
 def window_mask(windows: Sequence[Tensor], image: int) -> Tensor:
@@ -161,15 +169,15 @@ def window_mask(windows: Sequence[Tensor], image: int) -> Tensor:
     ``image`` tokens, CLS and patches, see each other; a token of each window behind them sees that
     window's patches and itself.
     """
-    owned = [w.flatten(0, 1) for w in windows]  # (h', w', n) -> (W, n)
-    length = image + sum(len(w) for w in owned)
-    mask = torch.full((length, length), -torch.inf, device=owned[0].device)
-    mask.fill_diagonal_(0)
-    mask[:image, :image] = 0
-    parts = torch.split(mask[image:], [len(w) for w in owned])
-    for rows, patches in zip(parts, owned, strict=True):
-        rows.scatter_(1, 1 + patches, 0)
-    return mask
+    device = windows[0].device
+    patches = torch.arange(image - 1, device=device)
+    # (h', w', n) -> (W, N), whether the window has the patch
+    within = [(w.flatten(0, 1)[:, :, None] == patches).any(dim=1) for w in windows]
+    numbers = torch.arange(image + sum(each.shape[0] for each in within), device=device)
+    own = numbers[image:, None] == numbers[image:]
+    seen = torch.cat([torch.zeros_like(own[:, :1]), torch.cat(within), own], dim=1)
+    every = torch.cat([(numbers < image).expand(image, -1), seen])
+    return torch.where(every, 0.0, -torch.inf)
 
 
 # ---- the method ---------------------------------------------------------------------------------
@@ -248,6 +256,19 @@ class WinClip(Method):
         memory = self._memory_map([*seen, patches], category, grid)
         score = (image[:, 0, 0] + memory.amax(dim=(1, 2))) / 2
         return self._join(text, memory), score
+
+    def references(
+        self, category: str | None, size: tuple[int, int] | None = None
+    ) -> dict[str, Tensor]:
+        found = {"direction": self._direction(category)}
+        if self._remembers(category):
+            found |= {kind: bank[category] for kind, bank in self._banks.items()}
+        return found
+
+    def take(self, category: str | None, references: Mapping[str, Tensor]) -> None:
+        self._directions = {self._words(category): references["direction"]}
+        for kind, bank in self._banks.items():
+            bank.load({category or "": references[kind]} if kind in references else {})
 
     def heat_unit(self, category: str | None) -> float:
         return self._join(0.5, 0.25) if self._remembers(category) else 0.5

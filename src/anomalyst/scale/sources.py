@@ -19,8 +19,8 @@ from anomalyst.scale import scale_module
 from anomalyst.types import Prediction, Sample
 
 if TYPE_CHECKING:
-    from anomalyst.detector import Detector
     from anomalyst.inference import ImageSource
+    from anomalyst.predictions import Predictor
 
 LIST_SUFFIX = ".parquet"
 _T = TypeVar("_T")
@@ -207,7 +207,7 @@ def _locate(url: str) -> tuple[Any, str]:
 
 
 def judge(
-    detector: Detector,
+    detector: Predictor,
     images: Iterable[ImageSource | Source],
     category: str | None = None,
     keep_pixels: bool = False,
