@@ -42,7 +42,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "anomaly-dino": {},
     "patchcore": {"options": {"coreset": 0.1}},
     "inp-former": {},
-    "onenip": {"backbone": "dinov2-small-packaged"},
+    "onenip": {},
     "nagl": {},
     "winclip": {},
     "anople": {},
@@ -180,7 +180,7 @@ def show(file: Path) -> None:
     print("|---|---|---|---|---|---|---|")
     cells: dict[tuple[Any, ...], dict[str, str]] = {}
     for row in found:
-        cell = f"{row['predict_s'] * 1000:.0f} ms, {row['ratio']:.2f} ×"
+        cell = f"{row['predict_s'] * 1000:.0f} ms, {row['ratio']:.2f} x"
         cells.setdefault(tuple(row[key] for key in keys), {})[row["runtime"]] = cell
     for (method, _, size, batch, threads), each in cells.items():
         line = " | ".join(each[name] for name in ("torch", *FORMATS))

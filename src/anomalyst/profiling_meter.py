@@ -19,6 +19,7 @@ from anomalyst import profiling_clock
 from anomalyst.evaluation import peak_rss_mb
 from anomalyst.features.clip import ClipTower, run_blocks
 from anomalyst.features.extractor import Backbone
+from anomalyst.features.linears import LINEAR_FLOPS
 from anomalyst.profiling_clock import WARM_UP
 from anomalyst.profiling_record import Peak
 from anomalyst.types import Progress
@@ -39,7 +40,8 @@ def counting() -> Iterator[FlopCounterMode]:
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        flops = FlopCounterMode(display=False, custom_mapping=LINEAR_FLOPS)
+        with flops as counter, sdpa_kernel(SDPBackend.MATH):
             yield counter
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
