@@ -137,5 +137,5 @@ def _once(found: RuntimeProfile) -> Iterator[list[object]]:
     yield ["a cold start: process to first result", as_time(found.cold.started)]
     yield ["of it loading the export", as_time(found.cold.loaded)]
     for batch, peak in found.cold.memory_mb.items():
-        text = None if peak is None else f"{peak:.0f} MB"
-        yield [f"memory of the process, batch {batch}", text]
+        memory = None if peak is None else f"{peak:.0f} MB"
+        yield [f"memory of the process, batch {batch}", memory]

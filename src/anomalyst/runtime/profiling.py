@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
 import os
 import platform
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import cycle
@@ -23,13 +25,12 @@ from PIL import Image
 
 from anomalyst import judging
 from anomalyst.bundle import now, package_versions
-from anomalyst.data.images import read_image
+from anomalyst.data.images import MAX_PIXELS, read_image
 from anomalyst.data.transforms import Preprocess
 from anomalyst.errors import InputError
 from anomalyst.inference import Item, network_inputs, read_item
 from anomalyst.predictions import overlay_png
 from anomalyst.profiling_clock import Work, time_in_turn
-from anomalyst.profiling_parts import Parts
 from anomalyst.profiling_record import ColdStart, Drawing, RuntimeProfile, RuntimeTimes, Spread
 from anomalyst.runtime.engines import Array, Engine, EngineName, installed
 from anomalyst.runtime.exported import Export, read_export
@@ -39,6 +40,8 @@ from anomalyst.types import ByteArray, Prediction, Progress
 
 PICTURE = (1600, 1200)
 _QUALITY = 90  # of the JPEG
+_COARSE = (5, 5)  # colours, between which the picture runs smoothly
+_NOISE = 3.0  # grey levels: about what a camera adds, and what a JPEG's size comes of
 _STARTS = 3
 _STANDS_OUT = 0.01  # of the pixels, where regions are looked for
 _CALM = -1e6  # a score under every threshold
@@ -78,18 +81,19 @@ def profile_runtime(
     batches = sorted(set(batch_sizes))
     if min(batches, default=0) < 1:
         raise InputError(f"batch size {min(batches, default=0)}: give 1 or more")
-    chosen = sorted(set(threads)) or [None]
+    chosen: list[int | None] = [*sorted(set(threads))] or [None]
     runtimes = [Runtime.load(path, engine=engine, threads=count) for count in chosen]
     tell, steps = progress or _silent, len(batches) + 2
     shown = _Shown.make(runtimes[0], picture)
     cold = _start_cold(Path(path), engine, chosen[0], batches, shown)
     tell("profile", 1, steps)
     export, times = read_export(Path(path)), list[RuntimeTimes]()
-    for done, batch in enumerate(batches, start=2):
-        stages = [_Stages(export, runtime, shown, batch) for runtime in runtimes]
-        times += _measured(stages, chosen)
-        tell("profile", done, steps)
-    drawing = _draw(runtimes[0], shown)
+    with _no_remarks():
+        for done, batch in enumerate(batches, start=2):
+            stages = [_Stages(export, runtime, shown, batch) for runtime in runtimes]
+            times += _measured(stages, chosen)
+            tell("profile", done, steps)
+        drawing = _draw(runtimes[0], shown)
     tell("profile", steps, steps)
     known, name = export.manifest, runtimes[0].engine.name
     return RuntimeProfile(
@@ -112,6 +116,18 @@ def profile_runtime(
 
 def _silent(stage: str, done: int, total: int, note: str = "") -> None:
     return
+
+
+@contextmanager
+def _no_remarks() -> Iterator[None]:
+    """Keep it to ourselves that the made-up picture looks like no product."""
+    told = logging.getLogger(judging.__name__)
+    level = told.level
+    told.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        told.setLevel(level)
 
 
 def _environment(engine: str) -> dict[str, Any]:
@@ -150,7 +166,7 @@ class _Shown:
                 f"the made-up picture of {width}x{height} pixels cannot be judged "
                 f"({item.error}): give another size (--picture WIDTHxHEIGHT)"
             )
-        known = [*(name for name in runtime.calibration), *runtime.categories, None]
+        known: list[str | None] = [*runtime.calibration, *runtime.categories, None]
         shapes = [
             (len(parts), *part.tensor.shape[1:])
             for _, parts in network_inputs(item, preprocess)
@@ -179,7 +195,16 @@ def _usual_size(preprocess: Preprocess, fixed: tuple[int, int] | None) -> tuple[
 
 def _drawn(preprocess: Preprocess, width: int, height: int) -> ByteArray:
     """Return a smooth, noisy picture; where parts are aligned, with what they are found by."""
-    pixels = Parts(max(width, height)).good(0, 0)[:height, :width].copy()
+    if width * height > MAX_PIXELS:
+        raise InputError(
+            f"a picture of {width}x{height} is over {MAX_PIXELS // 1_000_000} megapixels, and no "
+            "larger one is read: give a smaller one (--picture)"
+        )
+    random = np.random.default_rng(0)
+    coarse = Image.fromarray(random.integers(60, 200, (*_COARSE, 3), dtype=np.uint8))
+    smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC))
+    noise = random.standard_normal(smooth.shape, dtype=np.float32)
+    pixels: ByteArray = (smooth + _NOISE * noise).clip(0, 255).astype(np.uint8)
     frame = preprocess.frame
     if frame is not None and frame.template is not None:
         (x, y), patch = frame.place, frame.template
@@ -266,7 +291,7 @@ class _Stages:
         together = 1 if runtime.preprocess.tiling is not None else self.batch
         for first in range(0, self.batch, together):
             some = items[first : first + together]
-            judging._judge(runtime, some, self._shown.category, set())
+            judging.judge_batch(runtime, some, self._shown.category, set())
 
     def _predict(self, image: bytes | ByteArray) -> None:
         images: list[bytes | ByteArray] = [image] * self.batch
@@ -292,7 +317,7 @@ def _draw(runtime: Runtime, shown: _Shown) -> Drawing:
     named = replace(found, category=shown.category or "picture")
     full = _map(named)
     threshold = float(np.quantile(full, 1 - _STANDS_OUT))
-    works = [
+    works: list[Work] = [
         partial(_map, named),
         partial(find_regions, full, threshold),
         partial(overlay_png, runtime, named),  # of a prediction that keeps its map
