@@ -232,7 +232,7 @@ def test_a_fixed_graph_refuses_other_shapes_image_by_image(tmp_path: Path) -> No
     good, bad, again = runtime.predict([wide, square, wide], category="red")
     assert good.error is None and good.score == again.score
     assert bad.score is None and bad.error.startswith(f"{square}: an image of 64x64 pixels")
-    assert "32x32" in bad.error and "48x32 only" in bad.error and "--size" in bad.error
+    assert "32x32" in bad.error and "32x48 only" in bad.error and "--size" in bad.error
     assert good.score_map.values.shape == (4, 6) and good.map.shape == (64, 96)
 
 
@@ -277,3 +277,31 @@ def test_a_graph_may_leave_the_descriptor_out_where_nothing_is_looked_up(tmp_pat
     write(tmp_path / "f", {"red": (RED,)}, **lean)
     with pytest.raises(InputError, match="not what the manifest says; export the bundle again"):
         Runtime.load(tmp_path / "f")
+
+
+def test_a_camera_may_wait_for_each_verdict(runtime: Runtime) -> None:
+    """One by one, the next picture is asked for only once the last one has its verdict."""
+    asked: list[int] = []
+
+    def camera() -> Iterator[np.ndarray]:
+        for number in range(3):
+            asked.append(number)
+            yield coloured(RED)
+
+    for number, found in enumerate(runtime.predict(camera(), category="red", batch_size=1)):
+        assert asked == list(range(number + 1)) and found.error is None
+    assert asked == [0, 1, 2]
+
+
+def test_what_is_no_image_is_an_error_of_its_own(runtime: Runtime) -> None:
+    mixed = [coloured(RED), None, b"xx", 3.5]
+    found = list(runtime.predict(mixed, category="red"))  # type: ignore[arg-type]
+    assert [p.error is None for p in found] == [True, False, False, False]
+    assert found[1].error == (
+        "image-1: NoneType is no image; give a path, bytes, a uint8 array or a Sample"
+    )
+    for nothing in (None, 3, Image.new("RGB", (8, 8))):
+        with pytest.raises(InputError, match="is no image: give a path"):
+            runtime.predict(nothing, category="red")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="batch_size 0: give 1 or more"):
+        runtime.predict([coloured(RED)], batch_size=0)

@@ -138,6 +138,8 @@ def enroll(
     images = [path for given in normal or [] for path in list_images(given)]
     pairs = [(path, masks[k] if masks else None) for k, path in enumerate(bad)]
     new = not bundle.exists()
+    if new and find_spec("torch") is None:
+        raise InputError(f"{bundle}: no such exported bundle, and new ones need anomalyst[train]")
     if new:
         from anomalyst.generalist import load_generalist
 
@@ -206,6 +208,9 @@ def predict(
         bool, typer.Option("--overlays", help="Write each image under its heat map as .png.")
     ] = False,
     device: Device = "auto",
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Processor threads of the network (default: all).")
+    ] = None,
     engine: EngineName = "plain",
     address: Address = None,
     workers: Workers = None,
@@ -224,7 +229,7 @@ def predict(
         raise InputError("--address and --workers say how Ray works: add --engine ray")
     if ray and is_meant_as_export(bundle):
         raise InputError(f"{bundle}: is an export; --engine ray takes the bundle behind it")
-    detector = _open(bundle, "cpu" if ray else device)
+    detector = _open(bundle, "cpu" if ray else device, threads)
     detector.decision = given_decision(alpha, alpha_review, detector.decision)
     concerned = (category,) if category else detector.categories
     require_levels(detector, (alpha, alpha_review), concerned)
@@ -333,7 +338,7 @@ def doctor(as_json: Json = False) -> None:
         raise typer.Exit(2)
 
 
-def _open(bundle: Path, device: str) -> Any:
+def _open(bundle: Path, device: str, threads: int | None = None) -> Any:
     """Return the detector of a bundle, or the runtime of an exported one, which needs no torch."""
     from anomalyst.runtime.exported import is_meant_as_export
 
@@ -342,9 +347,13 @@ def _open(bundle: Path, device: str) -> Any:
 
         if device not in ("auto", "cpu"):
             raise InputError(f"--device {device}: exported bundles run on the processor; omit it")
-        return Runtime.load(bundle)
+        return Runtime.load(bundle, threads=threads)
     from anomalyst.detector import Detector
 
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
     return Detector.load(bundle, device=device)
 
 

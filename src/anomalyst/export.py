@@ -202,6 +202,8 @@ class _Maker:
         chosen = [paths[k * len(paths) // most] for k in range(most)]
         self.tell(f"judging {most} images with torch")
         gate = Gate(self.detector, chosen, self.names)
+        if self.int8:
+            gate.require_calibration()
         try:
             return self._attempt(gate, size)
         except (NoGraphError, DriftError) as reason:
@@ -245,7 +247,10 @@ class _Maker:
         manifest = self._manifest(size, places, grows)
         export = Export(manifest, files, tensors, retrieval, framed)
         runtime = Runtime(export, make_engine(export, "auto", None), self.detector.decision)
-        return export, gate.check(runtime, size, self.int8)
+        parity = gate.check(runtime, size, self.int8)
+        for name, found in runtime.calibration.items():  # of int8 its own
+            manifest.categories[name].take_calibration(found)
+        return export, parity
 
     def _feeds(
         self, gate: Gate, known: Mapping[str, References], size: Size | None
@@ -290,17 +295,15 @@ class _Maker:
 
     def _record(self, name: str, references: Mapping[str, str]) -> ExportedCategory:
         detector = self.detector
-        known = detector.calibration.get(name, Calibration((), ()))
-        return ExportedCategory(
+        record = ExportedCategory(
             references=dict(references),
             heat_unit=detector.method.heat_unit(name),
-            calibration_scores=list(known.scores),
-            calibration_maxima=list(known.maxima),
-            calibration_sha256=list(known.images),
             reference_sha256=[each.sha256 for each in detector.references.get(name, [])],
             n_normal=len(detector.references.get(name, [])),
             n_abnormal=len(detector.abnormal.get(name, [])),
         )
+        record.take_calibration(detector.calibration.get(name, Calibration((), ())))
+        return record
 
 
 def _stored(

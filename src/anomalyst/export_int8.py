@@ -40,10 +40,11 @@ def _import_nncf() -> Any:
     """Return the package ``nncf``, imported so that neither it nor what it imports reports home."""
     sys.modules.setdefault("openvino_telemetry", cast(Any, None))  # as good as missing
     import_onnxruntime()
-    for name in ("nncf", "torch.utils.cpp_extension"):  # its remarks on what is missing here
-        logging.getLogger(name).setLevel(logging.ERROR)
+    # Its remarks on what is missing here, and, once it has set itself up, on each layer.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     import nncf
 
+    nncf.set_log_level(logging.ERROR)
     return nncf
 
 

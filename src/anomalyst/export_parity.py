@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
@@ -107,7 +107,10 @@ class Gate:
         self._seconds = time.perf_counter() - began
         bad = [found for case, found in judged if found.error and isinstance(case.source, Path)]
         if bad:
-            raise InputError(f"an image to compare: {bad[0].error}")
+            raise InputError(
+                f"an image to compare: {bad[0].error} (in all {len(bad)} such images: leave them "
+                "out)"
+            )
         # A part of an image may lie outside the region that is looked at.
         judged = [pair for pair in judged if not pair[1].error]
         self._judged = [(case, found) for case, found in judged if found.category in (*names, None)]
@@ -137,9 +140,10 @@ class Gate:
             The images given cannot tell.
         """
         kept = [(c, found) for c, found in self._judged if size in (None, self._size(found))]
-        if size is not None and not kept:
+        if not any(isinstance(case.source, Path) for case, _ in kept):
+            shape = "" if size is None else f"{size[0]}x{size[1]}"
             raise InputError(
-                f"none of the images is {size[0]}x{size[1]} (height x width) as the network's "
+                f"none of the images is {shape} (height x width) as the network's "
                 "input, and the export takes no other; give such images, or another --size"
             )
         began = time.perf_counter()
@@ -148,18 +152,20 @@ class Gate:
             "torch": self._seconds * len(kept) / len(self._judged),
             "runtime": time.perf_counter() - began,
         }
-        pairs = [_Pair(*pair, after) for pair, (_, after) in zip(kept, found, strict=True)]
+        pairs = [_Pair(*pair, said) for pair, (_, said) in zip(kept, found, strict=True)]
         for pair in pairs:
             _require_comparable(pair)
         calibrated = [pair for pair in pairs if self._calibrated_on(pair)]
         if int8:
-            self._require_calibration({pair.torch.category for pair in calibrated})
+            self.require_calibration()
+            runtime.calibration = _calibrations(calibrated)
         errors = [self._errors(pair) for pair in pairs]
         if not int8:
             _require_near(pairs, errors)
-        flipped = [p for p in (calibrated if int8 else pairs) if self._flipped(p)]
+        after = runtime.calibration
+        flipped = [p for p in (calibrated if int8 else pairs) if self._flipped(p, after)]
         if flipped:
-            raise DriftError(self._told_of(flipped[0], len(flipped)))
+            raise DriftError(self._told_of(flipped[0], after, len(flipped)))
         return Parity(
             images=len(pairs),
             calibration_images=len(calibrated),
@@ -199,44 +205,70 @@ class Gate:
         known = self._detector.calibration.get(pair.torch.category or "")
         return known is not None and pair.torch.sha256 in known.images
 
-    def _require_calibration(self, seen: set[str | None]) -> None:
-        """Raise where no calibration image of a calibrated category is among the images."""
+    def require_calibration(self) -> None:
+        """Raise unless all calibration images of the exported categories are among the images.
+
+        An int8 export is calibrated anew, on the same images.
+        """
+        seen = {found.sha256 for _, found in self._judged}
         for name in self._names:
-            if name in self._detector.calibration and name not in seen:
+            known = self._detector.calibration.get(name)
+            if known is not None and (missing := set(known.images) - seen):
                 raise InputError(
-                    "int8 is checked by the verdicts of the calibration images too: give those of "
-                    f"{name!r} with --images"
+                    f"an int8 export is calibrated anew: give all {known.count} calibration images "
+                    f"of {name!r} with --images ({len(missing)} are missing)"
                 )
 
-    def _flipped(self, pair: _Pair) -> bool:
+    def _flipped(self, pair: _Pair, after: Mapping[str, Calibration]) -> bool:
         """Tell whether the verdict differs."""
-        one, two = self._verdicts(pair)
+        one, two = self._verdicts(pair, after)
         return one != two
 
-    def _verdicts(self, pair: _Pair) -> tuple[str | None, str | None]:
-        """Return the verdict of torch and that of the export.
+    def _verdicts(
+        self, pair: _Pair, after: Mapping[str, Calibration]
+    ) -> tuple[str | None, str | None]:
+        """Return the verdict of torch and that of the export, by their calibrations.
 
         A calibration image is compared with the others alone: its own score stands in the
         calibration, and the last bit of it would decide.
         """
-        known = self._detector.calibration.get(pair.torch.category or "")
-        if known is None or pair.torch.score is None or pair.export.score is None:
-            return None, None
-        if self._calibrated_on(pair):
-            rest = list(known.scores)
-            rest.pop(int(np.abs(np.subtract(rest, pair.torch.score)).argmin()))
-            known = Calibration.of(rest, ())
-        decision = self._detector.decision
-        scores = (pair.torch.score, pair.export.score)
-        one, two = (decision.verdict(known.p_value(score)) for score in scores)
-        return one, two
+        name = pair.torch.category or ""
+        both = self._detector.calibration.get(name), after.get(name)
+        verdicts: list[str | None] = []
+        for known, found in zip(both, (pair.torch, pair.export), strict=True):
+            if known is None or found.score is None:
+                return None, None
+            if self._calibrated_on(pair):
+                rest = list(known.scores)
+                # Of exports whose calibration is torch's, the score that torch gave.
+                own = pair.torch.score if known is both[0] else found.score
+                assert own is not None
+                rest.pop(min(range(len(rest)), key=lambda k: abs(rest[k] - own)))
+                known = Calibration.of(rest, ())
+            verdicts.append(self._detector.decision.verdict(known.p_value(found.score)))
+        return verdicts[0], verdicts[1]
 
-    def _told_of(self, pair: _Pair, count: int) -> str:
-        one, two = self._verdicts(pair)
+    def _told_of(self, pair: _Pair, after: Mapping[str, Calibration], count: int) -> str:
+        one, two = self._verdicts(pair, after)
         return (
-            f"{count} verdicts differ: {pair.case.name} is {two!r} (score {pair.export.score:.6g}) "
-            f"instead of {one!r} ({pair.torch.score:.6g})"
+            f"{count} {'verdicts differ' if count > 1 else 'verdict differs'}: {pair.case.name} is "
+            f"{two!r} (score {pair.export.score:.6g}) instead of {one!r} ({pair.torch.score:.6g})"
         )
+
+
+def _calibrations(pairs: Sequence[_Pair]) -> dict[str, Calibration]:
+    """Return what the export's own scores of the calibration images say, by category."""
+    found: dict[str, dict[str, Prediction]] = {}
+    for pair in pairs:
+        found.setdefault(pair.torch.category or "", {})[pair.torch.sha256] = pair.export
+    return {
+        name: Calibration.of(
+            [p.score for p in each.values() if p.score is not None],
+            [float(p.map.max()) for p in each.values() if p.map is not None],
+            each,
+        )
+        for name, each in found.items()
+    }
 
 
 def _cut(paths: Sequence[Path]) -> Iterator[_Case]:

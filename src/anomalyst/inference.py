@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -20,6 +20,7 @@ from anomalyst.tiling import Tile
 from anomalyst.types import BoolArray, ByteArray, FloatArray, Sample
 
 ImageSource = Sample | Path | str | bytes | ByteArray
+SOURCES = "give a path, bytes, a uint8 array or a Sample"
 
 _BATCH_PIXELS = 8 * 448**2  # of the tiles that go through the network together
 
@@ -59,6 +60,8 @@ def read_item(
     try:
         if isinstance(place, np.ndarray):
             pixels, content = read_image(place), repr(place.shape).encode() + place.tobytes()
+        elif not isinstance(place, (str, Path, bytes)):
+            raise InputError(f"{name}: {type(place).__name__} is no image; {SOURCES}")
         else:
             content = place if isinstance(place, bytes) else read_file(place)
             pixels = read_image(content, name if place is content else display_name(place))
@@ -150,8 +153,10 @@ def read_batches(
     """Yield up to ``size`` items at a time in the order given, read ahead by two threads.
 
     One batch is read while another is judged, so memory does not grow with the number of images.
+    Of a stream that is taken one by one nothing is read ahead: a camera may wait for the verdict.
     Images that are looked at in tiles are large: they come one by one.
     """
+    ahead = size if size > 1 or isinstance(sources, Sequence) else 0
     if preprocess.tiling is not None:
         size = 1
 
@@ -159,7 +164,7 @@ def read_batches(
         number, source = numbered
         return read_item(source, source_name(source, number), preprocess, keep_pixels)
 
-    items = _read_ahead(enumerate(sources), read, ahead=size)
+    items = _read_ahead(enumerate(sources), read, ahead)
     while batch := list(islice(items, size)):
         yield batch
 

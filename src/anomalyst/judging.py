@@ -16,7 +16,7 @@ import numpy as np
 
 from anomalyst.data.transforms import Preprocess
 from anomalyst.errors import InputError, unknown
-from anomalyst.inference import ImageSource, Item, by_shape, read_batches
+from anomalyst.inference import SOURCES, ImageSource, Item, by_shape, read_batches
 from anomalyst.retrieval import mistaken, nearest
 from anomalyst.scoring import Calibration, Decision, find_regions
 from anomalyst.tiled import TiledGlance
@@ -99,6 +99,10 @@ def predict(
     """
     if category is not None and not judge.knows(category):
         raise unknown("category", category, judge.categories)
+    if batch_size < 1:
+        raise InputError(f"batch_size {batch_size}: give 1 or more")
+    if not isinstance(images, (*_ONE_IMAGE, Iterable)):
+        raise InputError(f"{type(images).__name__} is no image: {SOURCES}, or several of them")
     sources = [images] if isinstance(images, _ONE_IMAGE) else images
     return _judge_all(judge, sources, category, batch_size, keep_pixels)
 

@@ -27,6 +27,7 @@ from anomalyst.bundle import MANIFEST as BUNDLE_MANIFEST
 from anomalyst.bundle import BackboneRecord
 from anomalyst.errors import InputError
 from anomalyst.files import replace_file
+from anomalyst.scoring import Calibration
 from anomalyst.sealed import UNREADABLE, Read, file_reader, sealed, unsealed
 
 SCHEMA_VERSION = 1
@@ -62,6 +63,12 @@ class ExportedCategory(BaseModel):
     reference_sha256: list[str] = []
     n_normal: int = 0
     n_abnormal: int = 0
+
+    def take_calibration(self, known: Calibration) -> None:
+        """Keep a calibration in place of the one that there is."""
+        self.calibration_scores = list(known.scores)
+        self.calibration_maxima = list(known.maxima)
+        self.calibration_sha256 = list(known.images)
 
 
 class Exported(BaseModel):

@@ -259,10 +259,7 @@ class Runtime:
                 record.categories[name].references[key] = place
                 tensors[place] = array
         for name, each in record.categories.items():
-            calibration = self.calibration.get(name, Calibration((), ()))
-            each.calibration_scores = list(calibration.scores)
-            each.calibration_maxima = list(calibration.maxima)
-            each.calibration_sha256 = list(calibration.images)
+            each.take_calibration(self.calibration.get(name, Calibration((), ())))
         record.alpha, record.alpha_review = self.decision.alpha, self.decision.alpha_review
         parts = {REFERENCES: tensors, RETRIEVAL: dict(self.descriptors)}
         files |= {name: tensor_file(arrays) for name, arrays in parts.items() if arrays}
@@ -350,9 +347,10 @@ class _Fixed(Preprocess):
         height, width = next((size for size in sizes if size != self.size), self.size)
         if (height, width) != self.size:
             raise InputError(
-                f"an image of {image.shape[1]}x{image.shape[0]} pixels goes into the network as "
-                f"{width}x{height}, and this export takes {self.size[1]}x{self.size[0]} only: "
-                "give images of that shape, or export the bundle again for others (--size)"
+                f"an image of {image.shape[0]}x{image.shape[1]} pixels (height x width) goes into "
+                f"the network as {height}x{width}, and this export takes {self.size[0]}x"
+                f"{self.size[1]} only: give images of that shape, or export the bundle again "
+                "without --size"
             )
         return super().see(image)
 
