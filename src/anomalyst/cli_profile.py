@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,12 +9,21 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from anomalyst.cli_options import Device, Json, Preset, Settings, Weights
-from anomalyst.console import progress, say, show_json, show_table
+from anomalyst.cli_profile_runtime import (
+    OfExport,
+    Picture,
+    RuntimeEngine,
+    Threads,
+    as_time,
+    profile_export,
+    write_profile,
+)
+from anomalyst.console import progress, show_json, show_table
 from anomalyst.errors import InputError
-from anomalyst.files import make_folder, replace_file
+from anomalyst.files import make_folder
 
 if TYPE_CHECKING:
-    from anomalyst.profiling_record import Parameters, Peak, Profile, SizeProfile, Spread
+    from anomalyst.profiling_record import Parameters, Peak, Profile, SizeProfile
 
 
 RandomWeights = Annotated[
@@ -31,10 +39,23 @@ BatchSizes = Annotated[
     typer.Option("--batch-size", min=1, help="Images judged together (1 and 8); repeatable."),
 ]
 Steps = Annotated[int | None, typer.Option(min=1, help="Training steps to time (default: 5).")]
+ProfileFolder = Annotated[
+    Path | None, typer.Option("-o", "--output", help="Folder for profile.json.")
+]
+
+_OF_EXPORT = ("engine", "threads", "picture")  # options that ask for --runtime
+_OF_BOTH = ("runtime", "method", "batch_size", "output", "as_json")
 
 
 def profile(
-    method: Annotated[str, typer.Argument(help="A method; see `anomalyst methods`.")],
+    context: typer.Context,
+    method: Annotated[
+        str, typer.Argument(help="A method, see `anomalyst methods`; with --runtime an export.")
+    ],
+    runtime: OfExport = False,
+    engine: RuntimeEngine = "auto",
+    threads: Threads = None,
+    picture: Picture = None,
     backbone: Annotated[str, typer.Option(help="See `anomalyst backbones`.")] = "auto",
     weights: Weights = None,
     random_weights: RandomWeights = False,
@@ -46,12 +67,15 @@ def profile(
     preset: Preset = None,
     settings: Settings = None,
     device: Device = "auto",
-    output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Folder for profile.json.")
-    ] = None,
+    output: ProfileFolder = None,
     as_json: Json = False,
 ) -> None:
     """Measure what a method costs here, on made-up images: flops, time, memory, size."""
+    _require_fitting(context, method, runtime)
+    batches = batch_size or (1, 8)
+    if runtime:
+        profile_export(method, engine, threads or (), picture, batches, output, as_json)
+        return
     from anomalyst.profiling import profile as measure
     from anomalyst.settings import detector_settings
 
@@ -63,7 +87,7 @@ def profile(
             method,
             settings={**chosen, "weights": weights, "device": device},
             image_sizes=image_size or (),
-            batch_sizes=batch_size or (1, 8),
+            batch_sizes=batches,
             shots=shots,
             categories=categories,
             steps=steps,
@@ -72,17 +96,27 @@ def profile(
         )
     show_json(found.to_dict()) if as_json else _show(found)
     if output is not None:
-        file = _write(found, output)
-        say(str(file)) if as_json else print(file)
+        write_profile(found.to_dict(), output, as_json)
 
 
-def _write(found: Profile, folder: Path) -> Path:
-    path = folder / "profile.json"
-    try:
-        replace_file(path, json.dumps(found.to_dict(), indent=2, ensure_ascii=False).encode())
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}); name another") from None
-    return path
+def _require_fitting(context: typer.Context, method: str, runtime: bool) -> None:
+    """Raise where an option was given that says nothing of what is measured."""
+    for option in context.command.params:
+        source = context.get_parameter_source(option.name or "")
+        if option.name in _OF_BOTH or source is None or source.name != "COMMANDLINE":
+            continue
+        if runtime and option.name not in _OF_EXPORT:
+            raise InputError(
+                f"{option.opts[0]} is of a method: an exported bundle is measured as it is; omit it"
+            )
+        if not runtime and option.name in _OF_EXPORT:
+            raise InputError(
+                f"{option.opts[0]} is of an exported bundle: name one, and add --runtime"
+            )
+    from anomalyst.runtime.exported import is_export
+
+    if not runtime and is_export(Path(method)):
+        raise InputError(f"{method} is an exported bundle: add --runtime")
 
 
 def _show(found: Profile) -> None:
@@ -112,20 +146,20 @@ def _costs(size: SizeProfile) -> Iterator[tuple[str, str | None]]:
     yield "one image, flops of the backbone", _flops(size.backbone_flops)
     yield "one image, flops of the method beyond that", _flops(size.method_flops)
     if training := size.training:
-        yield f"one training step (batch of {training.batch_size})", _time(training.step)
+        yield f"one training step (batch of {training.batch_size})", as_time(training.step)
         yield "one training step, flops", _flops(training.flops)
         yield "training, memory", _memory(training.memory)
     if enrolment := size.enrolment:
         count = f"{enrolment.normal} good"
         count += f" and {enrolment.abnormal} bad" if enrolment.abnormal else ""
-        yield f"enrolling one reference (of {count})", _time(enrolment.reference)
+        yield f"enrolling one reference (of {count})", as_time(enrolment.reference)
         yield "enrolling, memory", _memory(enrolment.memory)
     yield "bundle on disk", f"{size.bundle['total'] / 1e6:.1f} MB"
 
 
 def _times(size: SizeProfile) -> Iterator[list[object]]:
     for each in size.judging:
-        times, memory = (_time(each.image), _time(each.backbone)), _memory(each.memory)
+        times, memory = (as_time(each.image), as_time(each.backbone)), _memory(each.memory)
         yield [f"{size.image_size} px", each.batch_size, *times, f"{each.ratio:.2f}", memory]
 
 
@@ -138,15 +172,6 @@ def _flops(count: int) -> str:
         if count >= scale:
             return f"{count / scale:.2f} {unit}"
     return f"{count / 1e6:.2f} MFLOP"
-
-
-def _time(spread: Spread) -> str:
-    """Return the median, and the quartiles in brackets."""
-    unit, scale, digits = ("s", 1, 2) if spread.median >= 1 else ("ms", 1000, 1)
-    low, median, high = (
-        f"{seconds * scale:.{digits}f}" for seconds in (spread.low, spread.median, spread.high)
-    )
-    return f"{median} {unit} ({low} to {high})"
 
 
 def _memory(peak: Peak) -> str | None:

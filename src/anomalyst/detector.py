@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from anomalyst import judging
 from anomalyst.bundle import AbnormalRecord, ReferenceRecord
+from anomalyst.calibrating import calibration_of
 from anomalyst.data.layouts import few_shot, hold_out
 from anomalyst.enrolment import AbnormalSource, category_of, require_learnable
 from anomalyst.errors import InputError
@@ -260,6 +261,15 @@ class Detector:
         finally:
             self._engine = before
 
+    def counts(self, category: str) -> dict[str, int]:
+        """Return how many references a category has: of both kinds, and masks that were found."""
+        bad = self.abnormal.get(category, [])
+        return {
+            "references": len(self.references.get(category, [])),
+            "abnormal": len(bad),
+            "masks_found": sum(record.mask == "found" for record in bad),
+        }
+
     @property
     def trains_apart(self) -> bool:
         """Whether training sees a source domain, and the products to judge are enrolled later."""
@@ -368,9 +378,10 @@ class Detector:
         InputError
             A category was not enrolled, an image is bad or anomalous, or nothing is left.
         """
-        from anomalyst.assembly import calibration_of
-
-        found = calibration_of(self, data, progress)
+        learned = [*self.references.values(), self.trained_on]
+        seen = (record.sha256 for records in learned for record in records)
+        bad = {record.sha256: name for name, rows in self.abnormal.items() for record in rows}
+        found = calibration_of(self.predict, data, seen, bad, progress)
         for name in found:
             self.references.setdefault(name, [])
         self.calibration |= found

@@ -17,6 +17,8 @@ _EXTRAS = {
     "demo": ("elpv_dataset",),
     "openvino": ("openvino",),
     "export": ("onnx", "onnxscript", "nncf"),
+    "index": ("faiss",),
+    "scale": ("ray",),
 }
 
 

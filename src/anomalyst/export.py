@@ -20,7 +20,7 @@ from anomalyst.data.images import list_images
 from anomalyst.detector import Detector
 from anomalyst.errors import InputError, unknown
 from anomalyst.inference import network_inputs, read_item
-from anomalyst.runtime.engines import HOME, installed
+from anomalyst.runtime.engines import HOME, NEW, installed
 from anomalyst.runtime.exported import (
     FRAME,
     MODEL_FILES,
@@ -218,7 +218,7 @@ class _Maker:
         return InputError(f"no export of {self.detector.spec.name} ({how}): {reason}")
 
     def _attempt(self, gate: Gate, size: Size | None) -> tuple[Export, Parity]:
-        from anomalyst.export_graph import as_onnx, as_openvino, references_of, trace
+        from anomalyst.export_graph import OUTPUTS, as_onnx, as_openvino, references_of, trace
         from anomalyst.runtime import Runtime
         from anomalyst.runtime.engines import make_engine
 
@@ -241,7 +241,9 @@ class _Maker:
         }
         frame = self.detector.engine.preprocess.frame
         framed = {} if frame is None else frame.arrays()
-        export = Export(self._manifest(size, places), files, tensors, retrieval, framed)
+        grows = [each.name.removeprefix(NEW) for each in model.graph.output][len(OUTPUTS) :]
+        manifest = self._manifest(size, places, grows)
+        export = Export(manifest, files, tensors, retrieval, framed)
         runtime = Runtime(export, make_engine(export, "auto", None), self.detector.decision)
         return export, gate.check(runtime, size, self.int8)
 
@@ -257,7 +259,9 @@ class _Maker:
                 tensors = [part.tensor for part in parts if part.tensor is not None]
                 yield from ({"image": tensor[None], **references} for tensor in tensors)
 
-    def _manifest(self, size: Size | None, places: Mapping[str, Mapping[str, str]]) -> Exported:
+    def _manifest(
+        self, size: Size | None, places: Mapping[str, Mapping[str, str]], grows: Sequence[str]
+    ) -> Exported:
         detector, backbone = self.detector, self.detector.engine.backbone
         tools = {name: version for name in _TOOLS if (version := installed(name))}
         return Exported(
@@ -270,6 +274,7 @@ class _Maker:
             ),
             preprocess=detector.engine.preprocess.to_dict(),
             size=size,
+            grows=list(grows),
             needs_category=detector.spec.needs_category,
             needs_class_name=detector.spec.needs_class_name,
             judges_unseen=detector.method.judges_unseen,
@@ -292,6 +297,7 @@ class _Maker:
             calibration_scores=list(known.scores),
             calibration_maxima=list(known.maxima),
             calibration_sha256=list(known.images),
+            reference_sha256=[each.sha256 for each in detector.references.get(name, [])],
             n_normal=len(detector.references.get(name, [])),
             n_abnormal=len(detector.abnormal.get(name, [])),
         )

@@ -16,7 +16,7 @@ from torch.export import Dim
 
 from anomalyst.errors import InputError
 from anomalyst.retrieval import describe
-from anomalyst.runtime.engines import import_openvino
+from anomalyst.runtime.engines import NEW, import_openvino
 
 if TYPE_CHECKING:
     from anomalyst.detector import Detector
@@ -39,18 +39,21 @@ class Whole(nn.Module):
         self.tower = detector.engine.backbone.tower
         self.condenser = detector.engine.condenser
         self.category = category
+        self.grows = detector.method.grows
         self.method = _copy_of(detector)
         self.network = getattr(self.method, "network", None)  # so that its weights are found
         self.eval()
 
-    def forward(self, image: Tensor, references: References) -> tuple[Tensor, Tensor, Tensor]:
-        """Return map ``[B, h, w]``, score ``[B]`` and descriptor ``[B, C]``."""
+    def forward(self, image: Tensor, references: References) -> tuple[Tensor, ...]:
+        """Return map ``[B, h, w]``, score ``[B]``, descriptor ``[B, C]`` and new rows, if any."""
         self.method.take(self.category, references)
         maps = self.tower(image)
         if self.condenser is not None:
             maps = self.condenser.apply(maps)
         features = self.method.encode(maps)
-        return *self.method.score(features, self.category), describe(features)
+        rows = self.method.gained(features) if self.grows else {}
+        score = self.method.score(features, self.category)
+        return *score, describe(features), *(rows[name] for name in self.grows)
 
 
 def _copy_of(detector: Detector) -> Method:
@@ -111,16 +114,18 @@ def trace(detector: Detector, known: Mapping[str, References], size: Size | None
         for key in (known[category] if category is not None else {})
     }
     image, open_sides = _image(detector, size)
-    shapes = ({0: Dim("batch")} | open_sides, {key: _open(key, known) for key in example})
+    whole = Whole(detector, category)
+    lengths = {key: _open(key, known, key in whole.grows) for key in example}
+    shapes = ({0: Dim("batch")} | open_sides, lengths)
     with torch.no_grad(), _quiet():
-        whole = Whole(detector, category)
         whole(image[:1], example)  # what is computed once has been by now
         program = _try(
             lambda: torch.export.export(
                 whole, (image, example), dynamic_shapes=shapes, strict=False
             )
         )
-        names: dict[str, Any] = {"input_names": ["image", *example], "output_names": OUTPUTS}
+        outputs = [*OUTPUTS, *(NEW + key for key in whole.grows)]
+        names: dict[str, Any] = {"input_names": ["image", *example], "output_names": outputs}
         made = _try(lambda: torch.onnx.export(program, dynamo=True, verbose=False, **names))
     model = made.model_proto
     _tidy(model)
@@ -141,13 +146,14 @@ def _image(detector: Detector, size: Size | None) -> tuple[Tensor, dict[int, Any
     return torch.zeros(_BATCH, 3, (least + 1) * step, (least + 3) * step), sides
 
 
-def _open(key: str, known: Mapping[str, References]) -> dict[int, Any]:
-    """Return the dimensions of a reference in which categories differ."""
+def _open(key: str, known: Mapping[str, References], grows: bool) -> dict[int, Any]:
+    """Return the dimensions of a reference in which categories differ, or may once it grows."""
     lengths = zip(*(each[key].shape for each in known.values()), strict=True)
-    return {
+    rows = {0: Dim(f"{key}_0", min=1)} if grows else {}
+    return rows | {
         axis: Dim(f"{key}_{axis}", min=min(values))
         for axis, values in enumerate(lengths)
-        if len(set(values)) > 1
+        if len(set(values)) > 1 and axis not in rows
     }
 
 

@@ -115,12 +115,12 @@ def _judge_all(
         done: dict[int, Prediction] = {}
         for positions in by_shape(batch):
             items = [batch[p] for p in positions]
-            done.update(zip(positions, _judge(judge, items, category, warned), strict=True))
+            done.update(zip(positions, judge_batch(judge, items, category, warned), strict=True))
         for position, item in enumerate(batch):
             yield done.get(position) or Prediction(item.name, item.category, error=item.error)
 
 
-def _judge(
+def judge_batch(
     judge: Judge, items: Sequence[Item], category: str | None, warned: set[str]
 ) -> list[Prediction]:
     """Judge good items of one shape; of those in tiles, one."""

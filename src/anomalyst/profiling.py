@@ -20,7 +20,8 @@ from anomalyst.evaluation import environment
 from anomalyst.features.backbones import BackboneSpec, find_backbone
 from anomalyst.features.random_weights import random_weights
 from anomalyst.methods.base import MethodSpec, TrainedMethod, find_method, make_options
-from anomalyst.profiling_meter import WARM_UP, Memory
+from anomalyst.profiling_clock import WARM_UP
+from anomalyst.profiling_meter import Memory
 from anomalyst.profiling_record import RANDOM, Parameters, Profile, SizeProfile
 from anomalyst.profiling_stages import (
     Workload,

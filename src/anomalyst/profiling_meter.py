@@ -15,16 +15,15 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from anomalyst import profiling_clock
 from anomalyst.evaluation import peak_rss_mb
 from anomalyst.features.clip import ClipTower, run_blocks
 from anomalyst.features.extractor import Backbone
+from anomalyst.features.linears import LINEAR_FLOPS
+from anomalyst.profiling_clock import WARM_UP
 from anomalyst.profiling_record import Peak
 from anomalyst.types import Progress
 
-WARM_UP = 2
-"""Runs, or training steps, that are not timed. Of a training the last of them is counted."""
-
-_FEWEST, _MOST, _ENOUGH = 5, 25, 5.0  # rounds; between them so many seconds are enough
 _PROCESS = Path("/proc/self")
 
 
@@ -41,7 +40,8 @@ def counting() -> Iterator[FlopCounterMode]:
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        flops = FlopCounterMode(display=False, custom_mapping=LINEAR_FLOPS)
+        with flops as counter, sdpa_kernel(SDPBackend.MATH):
             yield counter
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
@@ -78,31 +78,19 @@ def wait_for(device: torch.device) -> None:
 
 
 def time_in_turn(works: Sequence[Callable[[], object]], device: torch.device) -> list[list[float]]:
-    """Return the seconds of each round of each, all run in turn so that all meet the same machine.
-
-    Rounds go on for some seconds, and are five at least; two before them warm up.
-    """
-    times: list[list[float]] = [[] for _ in works]
-    for _ in range(WARM_UP):
-        for work in works:
-            work()
-    wait_for(device)
-    began = time.perf_counter()
-    while len(times[0]) < _FEWEST or (
-        len(times[0]) < _MOST and time.perf_counter() - began < _ENOUGH
-    ):
-        for work, taken in zip(works, times, strict=True):
-            taken.append(seconds(work, device))
-    return times
+    """Return the seconds of each round of each, run in turn; see `profiling_clock`."""
+    return profiling_clock.time_in_turn(works, lambda work: seconds(work, device))
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
     """Return how long one call takes, with all that it leaves to a GPU."""
     wait_for(device)
-    began = time.perf_counter()
-    work()
-    wait_for(device)
-    return time.perf_counter() - began
+
+    def whole() -> None:
+        work()
+        wait_for(device)
+
+    return profiling_clock.seconds(whole)
 
 
 # ---- memory -------------------------------------------------------------------------------------

@@ -152,3 +152,94 @@ class Profile:
         """Return everything as plain values, for JSON."""
         plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return plain
+
+
+# ---- of an exported bundle ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RuntimeTimes:
+    """Pictures judged ``batch_size`` at a time on so many ``threads``: the time of one picture.
+
+    Attributes
+    ----------
+    threads
+        Of the network; None is the engine's own choice.
+    decode
+        From the bytes of a JPEG file to pixels, and their hash.
+    preprocess
+        Region, resizing, normalising: from pixels to the network's input.
+    graph
+        Backbone, method and the descriptor that tells a category.
+    judging
+        From what the graph gives to the `Prediction` of a good part: category, p-value, verdict.
+    from_file, from_pixels
+        One call of `Runtime.predict`, which decodes in the background, with files' bytes or arrays.
+    """
+
+    batch_size: int
+    threads: int | None
+    decode: Spread
+    preprocess: Spread
+    graph: Spread
+    judging: Spread
+    from_file: Spread
+    from_pixels: Spread
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What only some pictures need, the time of one: the map at its size, regions, overlay."""
+
+    map: Spread
+    regions: Spread
+    overlay: Spread
+
+
+@dataclass(frozen=True)
+class ColdStart:
+    """A process of its own.
+
+    Attributes
+    ----------
+    started
+        From its start to its first result.
+    loaded
+        Of that, loading the export.
+    memory_mb
+        Its most resident memory, by the pictures judged at a time up to then; None where the
+        system tells none.
+    """
+
+    started: Spread
+    loaded: Spread
+    memory_mb: Mapping[int, float | None]
+
+
+@dataclass(frozen=True)
+class RuntimeProfile:
+    """What judging by an exported bundle costs, and on what that was measured.
+
+    ``picture`` is (width, height) of the made-up picture, ``picture_bytes`` its JPEG file's size;
+    ``network_inputs`` are the (count, height, width) in which the network gets one.
+    """
+
+    export: str
+    method: str
+    format: str
+    int8: bool
+    engine: str
+    category: str | None
+    calibrated: bool
+    picture: tuple[int, int]
+    picture_bytes: int
+    network_inputs: tuple[tuple[int, int, int], ...]
+    times: tuple[RuntimeTimes, ...]
+    drawing: Drawing
+    cold: ColdStart
+    environment: Mapping[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain values, for JSON."""
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return plain

@@ -16,17 +16,15 @@ if TYPE_CHECKING:
     from anomalyst.runtime import Runtime
 
 
-def state(detector: Detector) -> list[dict[str, Any]]:
+def state(detector: Detector | Runtime) -> list[dict[str, Any]]:
     """Return one row a category: its references, and what its calibration supports."""
     rows = []
-    for name, references in detector.references.items():
+    for name in detector.references:
         calibration = detector.calibration.get(name)
         rows.append(
             {
                 "category": name,
-                "references": len(references),
-                "abnormal": len(detector.abnormal.get(name, [])),
-                "masks_found": sum(r.mask == "found" for r in detector.abnormal.get(name, [])),
+                **detector.counts(name),
                 "calibrated_on": calibration.count if calibration else 0,
                 "smallest_alpha": calibration.smallest_level if calibration else None,
                 "alpha": detector.decision.alpha,
@@ -35,7 +33,7 @@ def state(detector: Detector) -> list[dict[str, Any]]:
     return rows
 
 
-def describe(detector: Detector, categories: Iterable[str] | None = None) -> list[str]:
+def describe(detector: Detector | Runtime, categories: Iterable[str] | None = None) -> list[str]:
     """Return `state` in sentences, one a category."""
     lines = []
     if not detector.references:
@@ -104,7 +102,7 @@ def _require(alpha: float | None, category: str, count: int) -> None:
 
 
 def belonging(
-    detector: Detector,
+    detector: Detector | Runtime,
     data: Dataset,
     samples: Sequence[Sample],
     wanted: Sequence[str] | None = None,

@@ -56,6 +56,11 @@ class CategoryIndex:
         best = {n: (queries @ kept.T).max(axis=1) for n, kept in self._descriptors.items()}
         return [{name: float(best[name][k]) for name in best} for k in range(len(queries))]
 
+    @property
+    def descriptors(self) -> Mapping[str, FloatArray]:
+        """The descriptors ``[n, C]`` by category."""
+        return self._descriptors
+
     def tensors(self) -> dict[str, Tensor]:
         """Return the descriptors by category, for the bundle."""
         import torch

@@ -59,8 +59,11 @@ class TorchJudge:
         return self._detector.index.compare(descriptors)
 
     def look(self, items: Sequence[Item], likely: str | None) -> TorchGlance:
+        from anomalyst.features.linears import QuickLinears
+
         features = self._detector.engine.features(items)
-        return TorchGlance(self._detector, self._detector.method.encode(features))
+        with QuickLinears():
+            return TorchGlance(self._detector, self._detector.method.encode(features))
 
 
 class TorchGlance:
@@ -78,8 +81,11 @@ class TorchGlance:
         return described(self._features)
 
     def score(self, at: Sequence[int], category: str | None) -> tuple[FloatArray, Sequence[float]]:
+        from anomalyst.features.linears import QuickLinears
+
         whole = len(at) == len(self._features[-1])
         part = self._features if whole else [maps[list(at)] for maps in self._features]
-        maps, scores = self._detector.method.score(part, category)
+        with QuickLinears():
+            maps, scores = self._detector.method.score(part, category)
         values: FloatArray = maps.cpu().numpy()
         return values, scores.tolist()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from anomalyst.errors import InputError
 from anomalyst.features.backbones import BackboneSpec, find_backbone
 from anomalyst.features.libraries import make_tower
+from anomalyst.features.linears import QuickLinears
 from anomalyst.features.towers import Tower
 from anomalyst.features.weights import choose_tensors, read_weights, tensors_sha256
 
@@ -152,5 +153,6 @@ class Backbone(nn.Module):
                 f"images of {height}x{width} pixels: {self.spec.id} with layers "
                 f"{list(self.layers)} needs sides that are multiples of {self._multiple}"
             )
-        maps: list[Tensor] = self.tower(images)
+        with QuickLinears():
+            maps: list[Tensor] = self.tower(images)
         return maps

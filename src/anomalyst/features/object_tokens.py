@@ -104,7 +104,7 @@ class ClusterTokens(_OfClip):
             filled = members.sum(1)[:, :, None] > 0
             centres = torch.where(filled, mean, centres)
         order = (centres @ cls)[:, :, 0].argsort(dim=1, descending=True)
-        return self._as_words(tower, centres.take_along_dim(order[:, :, None], dim=1))
+        return self._as_words(tower, centres.gather(1, order[:, :, None].expand_as(centres)))
 
     def _farthest(self, patches: Tensor, first: Tensor) -> Tensor:
         """Return M patches ``[B, M, D]``, each the one least like all that were taken before."""

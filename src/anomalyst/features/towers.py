@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+_BEND = -0.75  # of torch's cubic kernel
 _TABLES_KEPT = 16
 
 
@@ -141,8 +142,27 @@ def _stretched(
     table: Tensor, prefix: int, learned: tuple[int, int], grid: tuple[int, int]
 ) -> Tensor:
     maps = table[prefix:].T.reshape(1, -1, *learned)  # (N, C) -> (1, C, h, w)
-    maps = functional.interpolate(maps, size=grid, mode="bicubic")
+    if torch.compiler.is_compiling():  # ONNX Runtime's own way takes a third of a small ViT's time
+        rows, columns = (_cubic(*sides) for sides in zip(learned, grid, strict=True))
+        maps = rows @ maps @ columns.T
+    else:
+        maps = functional.interpolate(maps, size=grid, mode="bicubic")
     return torch.cat([table[:prefix], maps[0].flatten(1).T])
+
+
+def _cubic(length: int, size: int) -> Tensor:
+    """Return the matrix ``[size, length]`` by which torch's bicubic resizing changes one side."""
+    steps = torch.arange(length)
+    at = (torch.arange(size) + 0.5) * length / size - 0.5
+    first = at.floor()
+    matrix = torch.zeros(())
+    for k in range(-1, 3):
+        d = (at - first - k).abs()
+        near = ((_BEND + 2) * d - (_BEND + 3)) * d * d + 1
+        far = ((d - 5) * d + 8) * d * _BEND - 4 * _BEND
+        here = (first + k).clamp(0, length - 1)[:, None] == steps
+        matrix = matrix + torch.where(d <= 1, near, far)[:, None] * here
+    return matrix
 
 
 class TimmTokens(TokenTower):

@@ -27,10 +27,11 @@ from torch.nn import functional
 
 from anomalyst.errors import InputError
 from anomalyst.features.backbones import BackboneSpec
+from anomalyst.methods.bank_search import NO_GRAPH, BankSearch, Search
 from anomalyst.methods.base import Method, MethodOptions
 from anomalyst.methods.memory_bank import (
     Banks,
-    nearest_cosine,
+    in_one_piece,
     resize_like,
     to_map,
     to_patches,
@@ -53,6 +54,7 @@ class AnomalyDINOOptions(MethodOptions):
         "paper for the last block after the final norm, other layers need a number of their own",
     )
     tail: float = Field(0.01, gt=0, le=1, description="share of patches that the image score means")
+    search: Search = Field("exact", description="approximate: through an index, of a large bank")
 
 
 class AnomalyDINO(Method):
@@ -75,6 +77,7 @@ class AnomalyDINO(Method):
     ) -> None:
         super().__init__(options, backbone, layers, seed)
         self._banks = Banks()
+        self._search = BankSearch(self._banks, self.options.search, "cosine", seed)
         self._foreground_threshold = self.options.foreground_threshold or _PAPER_THRESHOLD
         as_in_the_paper = backbone.final_norm and self.layers == (backbone.taps - 1,)
         threshold_given = self.options.foreground_threshold is not None
@@ -96,7 +99,7 @@ class AnomalyDINO(Method):
     def score(self, features: Sequence[Tensor], category: str | None) -> tuple[Tensor, Tensor]:
         stacked = resize_like(features)
         patches = to_patches(stacked)
-        distance, _ = nearest_cosine(functional.normalize(patches, dim=1), self._banks[category])
+        distance, _ = self._search.nearest(functional.normalize(patches, dim=1), category)
         maps = to_map(distance, stacked)
         if self.options.foreground:
             maps = maps * foreground(stacked, self._foreground_threshold)
@@ -104,9 +107,11 @@ class AnomalyDINO(Method):
 
     @property
     def obstacle(self) -> str | None:
-        if not self.options.foreground:
-            return None
-        return "foreground=true takes eigenvectors of each image, and ONNX has none; leave it out"
+        if self.options.foreground:
+            return (
+                "foreground=true takes eigenvectors of each image, and ONNX has none; leave it out"
+            )
+        return NO_GRAPH if self.options.search == "approximate" else None
 
     def references(
         self, category: str | None, size: tuple[int, int] | None = None
@@ -116,14 +121,23 @@ class AnomalyDINO(Method):
     def take(self, category: str | None, references: Mapping[str, Tensor]) -> None:
         self._banks.load({category or "": references["bank"]})
 
+    @property
+    def grows(self) -> tuple[str, ...]:
+        small = all(in_one_piece(len(self._banks[name])) for name in self._banks.categories)
+        return ("bank",) if small and self.options.rotations == 1 else ()
+
+    def gained(self, features: Sequence[Tensor]) -> dict[str, Tensor]:
+        patches = resize_like(features).flatten(2).transpose(1, 2)  # (B, C, h, w) -> (B, N, C)
+        return {"bank": functional.normalize(patches, dim=2)}
+
     def heat_unit(self, category: str | None) -> float:
         return 0.5
 
     def tensors(self) -> dict[str, Tensor]:
-        return self._banks.tensors()
+        return self._search.tensors()
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        self._banks.load(tensors)
+        self._search.load(tensors)
 
 
 def foreground(feature_map: Tensor, threshold: float) -> Tensor:

@@ -217,6 +217,18 @@ class Method(ABC):
         return
 
     @property
+    def grows(self) -> tuple[str, ...]:
+        """The `references` that one more image only adds rows to: all of them, or none.
+
+        An export of the method can enroll then.
+        """
+        return ()
+
+    def gained(self, features: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Return the rows ``[B, n, ...]`` that each image of a batch would add to what `grows`."""
+        return {}
+
+    @property
     def explains(self) -> bool:
         """Whether `attention_maps` has something to show in the report."""
         return False

@@ -10,6 +10,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from anomalyst.errors import unknown
 
@@ -58,11 +59,11 @@ def _blocked_max(queries: Tensor, bank: Tensor, offset: Tensor | None) -> tuple[
     best = queries.new_full((queries.shape[0],), -torch.inf)
     index = torch.zeros_like(best, dtype=torch.long)
     for start, end in pairwise(_cuts(bank.shape[0])):
-        block = bank[start:end]
-        if offset is None:
-            product = queries @ block.T  # (N, C) (C, block) -> (N, block)
+        block, bias = bank[start:end], None if offset is None else offset[start:end]
+        if bias is not None and torch.compiler.is_compiling():  # int8 graphs take no such bias
+            product = queries @ block.T + bias
         else:
-            product = torch.addmm(offset[start:end], queries, block.T)
+            product = functional.linear(queries, block, bias)  # (N, C) (block, C) -> (N, block)
         value, column = product.max(dim=1)
         better = value > best
         best = torch.where(better, value, best)
@@ -84,6 +85,11 @@ def _cuts(rows: int) -> list[int]:
     while statically_known_true(rows >= starts[-1] + 2 * _WIDE):  # of a symbol, its least value
         starts.append(starts[-1] + _WIDE)
     return [*starts, rows]
+
+
+def in_one_piece(rows: int) -> bool:
+    """Tell whether a graph searches a bank of so many rows whole, and so one of any length."""
+    return rows < 2 * _WIDE
 
 
 class Banks:
@@ -139,7 +145,7 @@ def resize_like(feature_maps: Sequence[Tensor]) -> Tensor:
     same = [
         maps
         if maps.shape[-2:] == grid
-        else torch.nn.functional.interpolate(maps, grid, mode="bilinear", align_corners=False)
+        else functional.interpolate(maps, grid, mode="bilinear", align_corners=False)
         for maps in feature_maps
     ]
     return same[0] if len(same) == 1 else torch.cat(same, dim=1)

@@ -31,15 +31,10 @@ from torch.nn import functional
 
 from anomalyst.errors import InputError
 from anomalyst.features.backbones import BackboneSpec
+from anomalyst.methods.bank_search import NO_GRAPH, BankSearch, Search
 from anomalyst.methods.base import Method, MethodOptions
 from anomalyst.methods.coreset import thin_out
-from anomalyst.methods.memory_bank import (
-    Banks,
-    nearest_euclidean,
-    resize_like,
-    to_map,
-    to_patches,
-)
+from anomalyst.methods.memory_bank import Banks, resize_like, to_map, to_patches
 
 
 class PatchCoreOptions(MethodOptions):
@@ -50,6 +45,7 @@ class PatchCoreOptions(MethodOptions):
     dimension: int = Field(1024, ge=1, description="channels are pooled down to at most so many")
     projection: int = Field(128, ge=1, description="dimensions in which the coreset is selected")
     reweight: int = Field(0, ge=0, description="neighbours b of eq. 7; 0 or 1: largest patch score")
+    search: Search = Field("exact", description="approximate: through an index, of a large bank")
 
 
 class PatchCore(Method):
@@ -72,6 +68,7 @@ class PatchCore(Method):
                 "give an odd number, so that the patch is its middle"
             )
         self._banks = Banks()
+        self._search = BankSearch(self._banks, self.options.search, "euclidean", seed)
 
     def embed(self, features: Sequence[Tensor]) -> Tensor:
         """Return locally aware patch features ``[B, D, h, w]`` on the first layer's grid."""
@@ -94,7 +91,7 @@ class PatchCore(Method):
     def score(self, features: Sequence[Tensor], category: str | None) -> tuple[Tensor, Tensor]:
         embedded = self.embed(features)
         queries, bank = to_patches(embedded), self._banks[category]
-        distance, index = nearest_euclidean(queries, bank)
+        distance, index = self._search.nearest(queries, category)
         maps = to_map(distance, embedded)
         highest, patch = maps.flatten(1).max(dim=1)
         if self.options.reweight < 2:
@@ -111,6 +108,10 @@ class PatchCore(Method):
         nearest = (patches - bank[neighbours]).norm(dim=1)
         return 1 - torch.exp(nearest - distance.logsumexp(dim=1))
 
+    @property
+    def obstacle(self) -> str | None:
+        return NO_GRAPH if self.options.search == "approximate" else None
+
     def references(
         self, category: str | None, size: tuple[int, int] | None = None
     ) -> dict[str, Tensor]:
@@ -123,7 +124,7 @@ class PatchCore(Method):
         return float(self._banks[category].norm(dim=1).mean()) / 2
 
     def tensors(self) -> dict[str, Tensor]:
-        return self._banks.tensors()
+        return self._search.tensors()
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        self._banks.load(tensors)
+        self._search.load(tensors)

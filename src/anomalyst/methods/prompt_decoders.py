@@ -87,7 +87,19 @@ class Attention(nn.Module):
         self.attn = nn.MultiheadAttention(width, heads, dropout, batch_first=True)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        found: Tensor = self.attn(q, k, v, need_weights=False, attn_mask=mask)[0]
+        # Written out, as torch's own call keeps the projections from `QuickLinears`.
+        own = self.attn
+        shares = zip((q, k, v), own.in_proj_weight.chunk(3), own.in_proj_bias.chunk(3), strict=True)
+        asking, asked, told = (
+            functional.linear(*each)
+            .reshape(q.shape[0], -1, own.num_heads, own.head_dim)
+            .transpose(1, 2)
+            for each in shares
+        )  # (B, L, d) -> (B, heads, L, d / heads)
+        seen = None if mask is None else ~mask
+        drop = own.dropout if self.training else 0.0
+        read = functional.scaled_dot_product_attention(asking, asked, told, seen, drop)
+        found: Tensor = own.out_proj(read.transpose(1, 2).flatten(2))
         return found
 
 

@@ -17,6 +17,8 @@ from anomalyst.runtime.exported import Export, Format
 
 Array = npt.NDArray[Any]
 EngineName = Literal["auto", "onnxruntime", "openvino"]
+NEW = "new_"
+"""How the outputs begin that hold what an image would add to the references of that name."""
 HOME: dict[Format, str] = {"onnx": "onnxruntime", "openvino": "openvino"}
 """The package that a format was made for, and that its export was checked with."""
 
@@ -171,4 +173,4 @@ def _name(port: Any) -> str:
     """Return the name that the exporter gave a tensor; converters may add others of their own."""
     names: set[str] = port.get_names()
     known = names & {"image", "map", "score", "descriptor"}
-    return min(known or names)
+    return min(known or {name for name in names if name.startswith(NEW)} or names)

@@ -59,6 +59,7 @@ class ExportedCategory(BaseModel):
     calibration_scores: list[float] = []
     calibration_maxima: list[float] = []
     calibration_sha256: list[str] = []
+    reference_sha256: list[str] = []
     n_normal: int = 0
     n_abnormal: int = 0
 
@@ -67,6 +68,7 @@ class Exported(BaseModel):
     """The content of ``exported.json``.
 
     ``size`` is the only (height, width) of the network's input that the graph takes, None for any.
+    ``grows`` are the inputs that the runtime can enroll by: all references, or none.
     ``sigma`` smooths the map, in pixels of that input; ``heat_unit`` is the method's own, for
     categories without one. ``source`` is the SHA-256 of the bundle's manifest, ``versions`` the
     packages that exported it.
@@ -81,6 +83,7 @@ class Exported(BaseModel):
     backbone: BackboneRecord
     preprocess: dict[str, Any]
     size: tuple[int, int] | None = None
+    grows: list[str] = []
     needs_category: bool
     needs_class_name: bool = False
     judges_unseen: bool = False
@@ -142,6 +145,21 @@ def read_export(path: Path) -> Export:
     InputError
         Not an exported bundle, a file missing or altered, or written by a newer anomalyst.
     """
+    manifest, blobs = read_files(path)
+    try:
+        model = tuple(blobs[name] for name in MODEL_FILES[manifest.format])
+        references = tensors_from_bytes(blobs[REFERENCES]) if REFERENCES in blobs else {}
+        retrieval = tensors_from_bytes(blobs[RETRIEVAL]) if RETRIEVAL in blobs else {}
+        frame = tensors_from_bytes(blobs[FRAME]) if FRAME in blobs else {}
+    except KeyError as error:
+        raise InputError(f"{path}: not a whole export, {error} is missing; {_MEND}") from None
+    except UNREADABLE as error:
+        raise InputError(f"{path}: cannot be read as an export ({error}); {_MEND}") from None
+    return Export(manifest, model, references, retrieval, frame)
+
+
+def read_files(path: Path) -> tuple[Exported, dict[str, bytes]]:
+    """Return the manifest and the other files of an exported bundle; raises as `read_export`."""
     if not path.exists():
         raise InputError(
             f"{path}: no such exported bundle; make one with: anomalyst export BUNDLE -o {path}"
@@ -150,15 +168,11 @@ def read_export(path: Path) -> Export:
         read = file_reader(path, MANIFEST)
         manifest = _manifest(path, read)
         blobs = {name: _checked(path, name, read(name), manifest) for name in manifest.sha256}
-        model = tuple(blobs[name] for name in MODEL_FILES[manifest.format])
-        references = tensors_from_bytes(blobs[REFERENCES]) if REFERENCES in blobs else {}
-        retrieval = tensors_from_bytes(blobs[RETRIEVAL]) if RETRIEVAL in blobs else {}
-        frame = tensors_from_bytes(blobs[FRAME]) if FRAME in blobs else {}
     except (KeyError, FileNotFoundError) as error:
         raise InputError(f"{path}: not a whole export, {error} is missing; {_MEND}") from None
     except UNREADABLE as error:
         raise InputError(f"{path}: cannot be read as an export ({error}); {_MEND}") from None
-    return Export(manifest, model, references, retrieval, frame)
+    return manifest, blobs
 
 
 def _manifest(path: Path, read: Read) -> Exported:

@@ -16,14 +16,25 @@ import numpy as np
 import numpy.typing as npt
 
 from anomalyst import judging
+from anomalyst.calibrating import calibration_of
 from anomalyst.data.transforms import Preprocess, Seen
 from anomalyst.errors import InputError, unknown
 from anomalyst.inference import ImageSource, Item
 from anomalyst.retrieval import CategoryIndex
 from anomalyst.runtime.engines import HOME, Engine, EngineName, installed, is_older, make_engine
-from anomalyst.runtime.exported import Export, read_export
+from anomalyst.runtime.enrolment import learn
+from anomalyst.runtime.exported import (
+    REFERENCES,
+    RETRIEVAL,
+    Export,
+    ExportedCategory,
+    read_export,
+    read_files,
+    tensor_file,
+    write_export,
+)
 from anomalyst.scoring import Calibration, Decision
-from anomalyst.types import ByteArray, FloatArray, Prediction
+from anomalyst.types import ByteArray, FloatArray, Prediction, Progress, Sample
 
 _log = logging.getLogger(__name__)
 
@@ -34,6 +45,8 @@ class Runtime:
     Made by `Runtime.load`. ``decision`` may be set: the false-reject rates for ``ng`` and
     ``review``, the bundle's own at first.
     """
+
+    trains_apart = False  # nobody trains an export
 
     def __init__(self, export: Export, engine: Engine, decision: Decision | None = None) -> None:
         known = export.manifest
@@ -57,6 +70,7 @@ class Runtime:
         }
         self._frame = export.frame
         self._recent: str | None = None
+        self._origin: Path | None = None
 
     @classmethod
     def load(
@@ -94,12 +108,30 @@ class Runtime:
         except InputError as error:
             raise InputError(f"{path}: {error}") from error.__cause__
         _warn_of_age(path, export, made)
-        return cls(export, made, decision)
+        runtime = cls(export, made, decision)
+        runtime._origin = Path(path)
+        return runtime
 
     @property
     def categories(self) -> tuple[str, ...]:
         """The categories that the bundle held when it was exported."""
         return tuple(self.manifest.categories)
+
+    @property
+    def references(self) -> Mapping[str, Sequence[str]]:
+        """SHA-256 of each category's normal references."""
+        known = self.manifest.categories.items()
+        return {name: each.reference_sha256 for name, each in known}
+
+    def counts(self, category: str) -> dict[str, int]:
+        """Return how many references a category has: normal and abnormal ones."""
+        known = self.manifest.categories[category]
+        return {"references": known.n_normal, "abnormal": known.n_abnormal, "masks_found": 0}
+
+    @property
+    def descriptors(self) -> Mapping[str, FloatArray]:
+        """What tells the category: descriptors ``[n, C]`` of each one's references."""
+        return self._index.descriptors
 
     @cached_property
     def preprocess(self) -> Preprocess:
@@ -145,6 +177,99 @@ class Runtime:
         """
         return judging.predict(self, images, category, batch_size, keep_pixels)
 
+    # ---- learning at the line -------------------------------------------------------------------
+
+    def enroll(
+        self,
+        category: str,
+        normal: Sequence[ImageSource],
+        progress: Progress | None = None,
+    ) -> None:
+        """Add normal references of one category, as `Detector.enroll` does; `save` keeps them.
+
+        Only exports of methods that compare with all their references as they are can do so. The
+        category's calibration ends with it.
+
+        Parameters
+        ----------
+        category
+            A new or a known category.
+        normal
+            Paths, samples, bytes or uint8 arrays; known ones are passed over.
+        progress
+            Called with the stage, what is done and what there is to do.
+
+        Raises
+        ------
+        InputError
+            The method's references are more than that, or an image is bad. The runtime stays as it
+            was.
+        """
+        learned = learn(self, category, normal, progress)
+        fresh = {name: np.concatenate(rows) for name, rows in learned.rows.items()}
+        known = self._references.get(category, {})
+        self._references[category] = {
+            name: np.concatenate([known[name], rows]) if name in known else rows
+            for name, rows in fresh.items()
+        }
+        self._index.remember(category, np.concatenate(learned.descriptors))
+        self.calibration.pop(category, None)
+        default = ExportedCategory(heat_unit=self.manifest.heat_unit)
+        record = self.manifest.categories.setdefault(category, default)
+        record.reference_sha256 = [*record.reference_sha256, *learned.sha256]
+        record.n_normal += len(learned.sha256)
+
+    def calibrate(self, data: Sequence[Sample], progress: Progress | None = None) -> dict[str, int]:
+        """Calibrate from held-out normal images, as `Detector.calibrate` does; `save` keeps it.
+
+        Returns
+        -------
+        dict
+            Number of images used, by category.
+
+        Raises
+        ------
+        InputError
+            An image is bad or anomalous, of no known category, or nothing is left.
+        """
+        seen = (digest for known in self.references.values() for digest in known)
+        found = calibration_of(self.predict, data, seen, {}, progress)
+        self.calibration |= found
+        return {name: known.count for name, known in found.items()}
+
+    def save(self, path: str | Path) -> Path:
+        """Write the export with all that was learned since, a folder or a ``.zip``.
+
+        Raises
+        ------
+        InputError
+            The export that it was loaded from has changed meanwhile, or the place is no good.
+        """
+        target = Path(path)
+        assert self._origin is not None
+        written, files = read_files(self._origin)
+        if written.sha256 != self.manifest.sha256:
+            raise InputError(f"{self._origin}: was changed after it was loaded; load it again")
+        record = self.manifest
+        tensors: dict[str, npt.NDArray[Any]] = {}
+        places: dict[int, str] = {}  # what several categories share is kept once
+        for number, (name, references) in enumerate(self._references.items()):
+            for key, array in references.items():
+                place = places.setdefault(id(array), f"{key}/{number}")
+                record.categories[name].references[key] = place
+                tensors[place] = array
+        for name, each in record.categories.items():
+            calibration = self.calibration.get(name, Calibration((), ()))
+            each.calibration_scores = list(calibration.scores)
+            each.calibration_maxima = list(calibration.maxima)
+            each.calibration_sha256 = list(calibration.images)
+        record.alpha, record.alpha_review = self.decision.alpha, self.decision.alpha_review
+        parts = {REFERENCES: tensors, RETRIEVAL: dict(self.descriptors)}
+        files |= {name: tensor_file(arrays) for name, arrays in parts.items() if arrays}
+        write_export(target, record, files)
+        self._origin = target
+        return target
+
     def heat_unit(self, category: str | None) -> float:
         """Return the map value at which a heat map turns strong: the pixel threshold, if any."""
         threshold = judging.heat_threshold(self.calibration, self.decision, category)
@@ -162,6 +287,10 @@ class Runtime:
         images = np.stack([item.tensor for item in items if item.tensor is not None])
         guess = next((n for n in (likely, self._recent) if n in self._references), None)
         return _GraphGlance(self, images, guess or next(iter(self._references), None))
+
+    def look_through(self, images: FloatArray) -> dict[str, npt.NDArray[Any]]:
+        """Return all that the graph gives of images ``[B, 3, h, w]``, as some category."""
+        return self._run(images, next(iter(self._references), None))
 
     def _run(self, images: FloatArray, category: str | None) -> dict[str, npt.NDArray[Any]]:
         references = self._references.get(category or "", {})
