@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,41 +16,7 @@ from conftest import texture
 from page_parts import VIEWS, Person, Served, axe, browser
 from quality_parts import dented, nagl_bundle, png
 
-PAGE = Path(__file__).resolve().parents[1] / "src" / "anomalyst" / "station" / "page"
-FILES = sorted(PAGE.iterdir())
 slow = pytest.mark.slow
-
-
-# ---- the files themselves -----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
-def test_files_stay_small_and_ask_nobody_else(path: Path) -> None:
-    text = path.read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= 500
-    addresses = re.findall(r"https?://[^\s\"'`)]+", text)
-    assert set(addresses) <= {"http://www.w3.org/2000/svg"}  # a name, not a place
-
-
-@pytest.mark.parametrize("path", [p for p in FILES if p.suffix == ".html"], ids=lambda p: p.name)
-def test_html_has_no_inline_script_or_style(path: Path) -> None:
-    text = path.read_text(encoding="utf-8")
-    assert "<style" not in text and not re.search(r"\s(style|on\w+)=", text)
-    assert all("src=" in tag for tag in re.findall(r"<script[^>]*>", text))
-    for place in re.findall(r"(?:src|href)=\"/page/([^\"]+)\"", text):
-        assert (PAGE / place).is_file()
-
-
-@pytest.mark.parametrize("path", [p for p in FILES if p.suffix == ".js"], ids=lambda p: p.name)
-def test_imports_name_what_their_module_exports(path: Path) -> None:
-    found = re.findall(r"import \{([^}]*)\} from \"\./([\w.]+)\"", path.read_text())
-    for names, module in found:
-        text = (PAGE / module).read_text(encoding="utf-8")
-        exported = re.findall(r"^export (?:async )?(?:function|class|const) (\w+)", text, re.M)
-        assert {name.strip() for name in names.split(",") if name.strip()} <= set(exported)
-
-
-# ---- a browser ----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -319,6 +284,7 @@ def test_nothing_is_cut_off_on_a_narrow_screen(made: Any, line: Served) -> None:
 @slow
 def test_a_shift_without_a_mouse(person: Person, line: Served) -> None:
     page, keys = person.page, person.page.keyboard
+    page.on("filechooser", lambda _: None)  # from now on; asked for late, a chooser may slip by
     person.go("inspect")
     page.wait_for_selector(".band.review")
     _tab_to(person, "Choose pictures")
@@ -401,7 +367,7 @@ def test_keys_are_asked_for_and_roles_hold(
                 person.upload(("bad.png", png(dented(350))))
                 person.page.wait_for_selector(".band.review")
                 person.page.wait_for_function(
-                    "() => [...document.querySelectorAll('.stack img')].some(i => i.naturalWidth > 0)"
+                    "() => document.querySelector('.stack img')?.naturalWidth > 0"
                 )
             person.go("review")
             assert person.page.get_by_role("button", name="Good").count() == int(can)

@@ -189,7 +189,7 @@ async function watchDrift() {
     const { alarm } = await call(recipePath("/drift"));
     const place = document.getElementById("alarm");
     place.hidden = !alarm;
-    if (alarm) place.replaceChildren(h("p", {}, h("strong", {}, "The line has changed. "), `${alarm} `, h("a", { href: "#/line" }, "Look at it")));
+    if (alarm) place.replaceChildren(h("p", {}, h("strong", {}, "The line has changed. "), `${alarm.split(" (")[0]}. `, h("a", { href: "#/line" }, "What to do")));
   } catch {
     // as above
   }
