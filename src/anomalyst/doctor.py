@@ -19,6 +19,7 @@ _EXTRAS = {
     "export": ("onnx", "onnxscript", "nncf"),
     "index": ("faiss",),
     "scale": ("ray",),
+    "station": ("alembic", "fastapi", "prometheus_client", "sqlalchemy", "uvicorn"),
 }
 
 

@@ -97,6 +97,18 @@ def read_image(
     return _to_rgb(_decode(source, shown), shown)
 
 
+def header_size(content: bytes, name: str) -> tuple[int, int]:
+    """Return (height, width) of a file's bytes as its header says it; nothing is decoded.
+
+    Raises
+    ------
+    InputError
+        Empty, no image, a header that cannot be read, or over ``MAX_PIXELS``.
+    """
+    opened = _open_stream(io.BytesIO(content), name)
+    return opened.height, opened.width
+
+
 def read_file(path: str | Path) -> bytes:
     """Return a file's content; whatever stands in the way is an `InputError` that names it."""
     with _open_file(path, display_name(path)) as file:
@@ -223,6 +235,11 @@ def _decode(source: object, name: str) -> Image.Image:
 
 
 def _decode_stream(stream: BinaryIO, name: str) -> Image.Image:
+    return _load(_open_stream(stream, name), name)
+
+
+def _open_stream(stream: BinaryIO, name: str) -> Image.Image:
+    """Return an image of which only the header was read."""
     head = stream.read(8)
     stream.seek(0)
     if not head:
@@ -237,7 +254,7 @@ def _decode_stream(stream: BinaryIO, name: str) -> Image.Image:
     except _FAULTS as error:
         raise _undecodable(name, error) from error
     _check_size(image, name)
-    return _load(image, name)
+    return image
 
 
 def _check_size(image: Image.Image, name: str) -> None:

@@ -1,0 +1,5 @@
+"""`python -m anomalyst`."""
+
+from anomalyst.cli import main
+
+main()

@@ -1,0 +1,1 @@
+"""Alembic revisions of the station's tables, run by `anomalyst.station.database`."""

@@ -1,0 +1,1 @@
+"""The station: a service and a page that inspect, decide and teach. Needs the extra [station]."""
