@@ -222,16 +222,12 @@ def predict(
     """Judge images: predictions.jsonl, one line an image, in input order."""
     from anomalyst.predictions import OutputChoice, write_predictions
     from anomalyst.promises import require_levels
-    from anomalyst.runtime.exported import is_meant_as_export
     from anomalyst.scale.predicting import Placement, predict_on_ray
     from anomalyst.scale.sources import list_sources
     from anomalyst.settings import given_decision
 
     ray = engine == "ray"
-    if not ray and (address or workers):
-        raise InputError("--address and --workers say how Ray works: add --engine ray")
-    if ray and is_meant_as_export(bundle):
-        raise InputError(f"{bundle}: is an export; --engine ray takes the bundle behind it")
+    _check_ray(ray, bundle, bool(address or workers))
     detector = _open(bundle, "cpu" if ray else device, threads)
     detector.decision = given_decision(alpha, alpha_review, detector.decision)
     concerned = (category,) if category else detector.categories
@@ -248,6 +244,15 @@ def predict(
         print(output / "predictions.jsonl")
     if counts.get("error"):
         raise typer.Exit(2)
+
+
+def _check_ray(ray: bool, bundle: Path, described: bool) -> None:
+    from anomalyst.runtime.exported import is_meant_as_export
+
+    if not ray and described:
+        raise InputError("--address and --workers say how Ray works: add --engine ray")
+    if ray and is_meant_as_export(bundle):
+        raise InputError(f"{bundle}: is an export; --engine ray takes the bundle behind it")
 
 
 def _follow(records: Iterable[Mapping[str, object]], total: int, as_json: bool) -> dict[str, int]:
