@@ -205,7 +205,7 @@ def test_a_golden_sample_blocks_what_breaks_it(line: Line) -> None:
     stain = line.decided(png(stained(STAINS[1])), "defect")
     first = line.post("/recipes/gears/golden", 201, inspection=good, expected="pass")
     line.post("/recipes/gears/golden", 201, inspection=bad, expected="fail", note="the dent")
-    assert first["holds"] and first["verdict"] == "ok"
+    assert first["holds"] and first["verdict"] == "ok" and first["inspection"] == good
     line.post("/recipes/gears/golden", 409, inspection=good, expected="fail")
     line.post("/recipes/gears/golden", 404, inspection="f" * 32, expected="fail")
     # One that fails already blocks nothing: it is there to be taught.

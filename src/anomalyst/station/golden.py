@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
 
 from anomalyst.errors import InputError
 from anomalyst.station import history
@@ -35,9 +36,10 @@ Judge = Callable[[str, Sequence[str]], Mapping[str, tuple[float, Verdict | None]
 
 @dataclass(frozen=True)
 class Held:
-    """A golden sample, before and after a change."""
+    """A golden sample, before and after a change; ``inspection`` is one of its picture."""
 
     sample: Golden
+    inspection: str | None
     score: float | None
     verdict: Verdict | None
     holds: bool
@@ -52,6 +54,7 @@ class Held:
         """Return it as the API says it."""
         return {
             "id": self.sample.id,
+            "inspection": self.inspection,
             "image_sha256": self.sample.image_sha256,
             "category": self.sample.category,
             "expected": self.sample.expected,
@@ -89,6 +92,7 @@ def check(station: Station, recipe: Recipe, after: Judge) -> list[Held]:
         query = select(Golden).where(Golden.recipe_id == recipe.id).order_by(Golden.id)
         samples = session.scalars(query).all()
         version = session.get(RecipeVersion, recipe.active_version_id or 0)
+        shown = _inspections(session, recipe, [sample.image_sha256 for sample in samples])
     before = after if version is None else by(station, Model.of(version))
     found: list[Held] = []
     for category in dict.fromkeys(sample.category for sample in samples):
@@ -98,8 +102,20 @@ def check(station: Station, recipe: Recipe, after: Judge) -> list[Held]:
         for sample in own:
             held = holds(sample.expected, was.get(sample.image_sha256, (None, None))[1])
             score, said = now.get(sample.image_sha256, (None, None))
-            found.append(Held(sample, score, said, holds(sample.expected, said), held))
+            holding = holds(sample.expected, said)
+            inspection = shown.get(sample.image_sha256)
+            found.append(Held(sample, inspection, score, said, holding, held))
     return found
+
+
+def _inspections(session: Session, recipe: Recipe, pictures: Sequence[str]) -> dict[str, str]:
+    """Return the newest inspection in a recipe of each picture, by its hash."""
+    query = (
+        select(Inspection.image_sha256, Inspection.uid)
+        .where(Inspection.recipe_id == recipe.id, Inspection.image_sha256.in_(pictures))
+        .order_by(Inspection.id)
+    )
+    return {picture: uid for picture, uid in session.execute(query) if picture is not None}
 
 
 def refuse_broken(found: Sequence[Held]) -> None:

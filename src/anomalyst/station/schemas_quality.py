@@ -70,6 +70,7 @@ class GoldenAnswer(BaseModel):
     """A golden sample as it is judged; ``held_before`` is that of the active version."""
 
     id: int
+    inspection: str | None
     image_sha256: str
     category: str
     expected: Literal["pass", "fail"]

@@ -37,9 +37,10 @@ export function goldenList(samples) {
 }
 
 export function goldenTable(samples, extra = null) {
-  const heads = ["Expected", "Judged", "Holds", "Note", "Product", ...(extra ? ["Change"] : [])];
+  const heads = ["Part", "Expected", "Judged", "Holds", "Note", "Product", ...(extra ? ["Change"] : [])];
   const rows = samples.map((each) =>
     line(
+      each.inspection ? mini(each.inspection) : "–",
       each.expected === "pass" ? "must pass" : "must fail",
       badge(each.verdict),
       h("strong", {}, each.holds ? "yes" : each.held_before ? "would break" : "no"),
