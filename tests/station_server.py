@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -30,7 +31,9 @@ class Server:
         command += ["--data", str(data), "--port", str(self.port)]
         self.log = data.parent / "server.log"
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(command, stderr=log, stdout=log)
+            # Where the tests run in the background Ctrl-C is ignored, and would be here too.
+            ready = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+            self.process = subprocess.Popen(command, stderr=log, stdout=log, preexec_fn=ready)
         self._wait()
 
     def _wait(self) -> None:
