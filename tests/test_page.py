@@ -89,6 +89,30 @@ def test_the_queue_is_decided_by_single_keys(person: Person, line: Served) -> No
 
 
 @slow
+def test_what_was_put_off_comes_again(person: Person, line: Served) -> None:
+    """Behind the last part of the queue; nobody reads that nothing waits while something does."""
+    for number in range(2):
+        line.inspect(png(dented(340 + number)), part_id=f"late {number}")
+
+    def waiting() -> int:
+        return len(line.get("/inspections", pending="true")["items"])
+
+    assert waiting() == 3
+    person.go("review")
+    person.page.wait_for_selector(".band")
+    person.page.keyboard.press("ArrowRight")
+    for left in (2, 1):
+        person.page.keyboard.press("d")
+        person.sees(f"{left} part{'s' * (left > 1)} to decide")
+        assert waiting() == left
+    person.page.wait_for_selector(".band")
+    assert "Nothing waits" not in person.page.inner_text("#view")
+    person.page.keyboard.press("d")
+    person.sees("Nothing waits")
+    assert waiting() == 0
+
+
+@slow
 def test_a_part_that_just_came_up_is_not_decided_by_a_late_hand(
     person: Person, line: Served
 ) -> None:

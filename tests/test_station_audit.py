@@ -9,11 +9,12 @@ import pytest
 
 pytest.importorskip("fastapi", reason="the extra [station] is not installed")
 
-from sqlalchemy import text
+from sqlalchemy import select, text
 
 from anomalyst.station.audit import row_hash
 from anomalyst.station.database import Database
-from anomalyst.station.tables import AuditRow
+from anomalyst.station.keys import add_key
+from anomalyst.station.tables import AuditRow, Golden, Inspection
 from anomalyst.station.verification import verify
 from station_parts import API, bad, client_of, good, plain, send, settings
 
@@ -141,3 +142,43 @@ def test_an_inspection_put_in_is_found(database: Database, tamper: Tamper) -> No
         "FROM inspections WHERE id = 1"
     )
     assert "inspection fresh: 0 rows of the log tell of it" in faults(database)
+
+
+@pytest.mark.parametrize(
+    "words,said",
+    [
+        ('UPDATE recipe_versions SET thresholds = \'{"red": {"ng": 9}}\'', "version 1 is not as"),
+        ("UPDATE recipe_versions SET method = 'another'", "version 1 is not as it was made"),
+        ("UPDATE recipes SET active_version_id = NULL", ""),
+        ("UPDATE api_keys SET role = 'engineer'", "key:anna: is not as it was made"),
+        ("UPDATE golden SET expected = 'fail'", "golden:1: is not as it was made"),
+        ("DELETE FROM golden", "golden:1: is gone"),
+    ],
+)
+def test_settings_that_the_log_does_not_tell_of(
+    database: Database, tamper: Tamper, tmp_path: Path, words: str, said: str
+) -> None:
+    add_key(database, "anna", "viewer", "test")
+    with database.change("test") as change:
+        part = change.session.scalars(select(Inspection)).first()
+        assert part is not None
+        sample = Golden(
+            recipe_id=part.recipe_id,
+            category="red",
+            image_sha256=part.image_sha256,
+            expected="pass",
+            note="",
+            created_by="test",
+        )
+        change.session.add(sample)
+        change.session.flush()
+        facts = {"category": "red", "image_sha256": part.image_sha256, "expected": "pass"}
+        change.record("golden.add", f"golden:{sample.id}", recipe="plates", note="", **facts)
+    assert faults(database) == ""
+    tamper(words)
+    assert said in faults(database)
+
+
+def test_a_missing_witness_is_a_fault(database: Database, tmp_path: Path) -> None:
+    (tmp_path / "station" / "audit.head").unlink()
+    assert "audit.head is missing: without it nobody can tell" in faults(database)

@@ -56,6 +56,16 @@ def test_keys_are_made_listed_and_revoked(run: Run, tmp_path: Path) -> None:
         assert client.get(f"{API}/me", headers=given).json()["name"] == "anna"
         assert run("key", "revoke", "anna", "--data", data)[0] == 0  # while the station runs
         assert client.get(f"{API}/me", headers=given).status_code == 401
+    # A name that was given up may get a new key; the old one stays dead.
+    code, fresh, _ = run("key", "add", "anna", "--role", "viewer", "--data", data)
+    assert code == 0 and fresh != token
+    with client_of(settings(tmp_path)) as client:
+        for each, status in ((token, 401), (fresh, 200)):
+            given = {"X-API-Key": each.strip()}
+            assert client.get(f"{API}/me", headers=given).status_code == status
+    assert run("audit", "verify", "--data", data)[0] == 0
+    code, _, error = run("key", "add", "anna", "--role", "viewer", "--data", data)
+    assert (code, "there is a key 'anna' already" in error) == (2, True)
     code, _, error = run("key", "revoke", "ann", "--data", data)
     assert (code, "did you mean 'anna'" in error) == (2, True)
     code, _, error = run("key", "add", "x", "--role", "boss", "--data", data)

@@ -105,10 +105,14 @@ def test_the_nearest_good_part_is_shown(local: TestClient) -> None:
     uid = send(local, bad()).json()["id"]
     missing = local.get(f"{API}/inspections/{uid}/nearest")
     assert (missing.status_code, list(missing.json())) == (404, ["error"])
-    send(local, plain())
     close = png(spotted(RED, (198, 44, 40)))
-    near = send(local, close).json()
+    other, near = send(local, plain()).json(), send(local, close).json()
     assert near["verdict"] == "ok"
+    # Judged OK is not known to be good.
+    assert local.get(f"{API}/inspections/{uid}/nearest").status_code == 404
+    for part in (other, near):
+        told = {"decision": "good", "reason": ""}
+        local.post(f"{API}/inspections/{part['id']}/decision", json=told)
     found = local.get(f"{API}/inspections/{uid}/nearest")
     assert found.headers["x-inspection"] == near["id"]  # its mean colour is the nearer one
     assert found.content == close

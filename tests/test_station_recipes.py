@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import zipfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -248,3 +250,26 @@ def test_a_detector_with_torch_judges_as_the_library_does(
     assert -1 <= answer["similarity"] <= 1
     assert (recipe["kind"], recipe["can_teach"], recipe["why_not"]) == ("bundle", True, None)
     assert recipe["categories"][0]["n_calibration"] == 6
+
+
+def test_a_bundle_given_at_the_start_must_not_break_a_golden_sample(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """`serve` keeps it as a version, and the one before goes on judging."""
+    first = settings(tmp_path)
+    with client_of(first) as client:
+        uid = send(client, bad()).json()["id"]
+        golden = {"inspection": uid, "expected": "fail", "note": ""}
+        path = f"{API}/recipes/plates/golden"
+        assert client.post(path, json=golden).json()["holds"]
+    blind = bundle(tmp_path / "other", calibration={})
+    caplog.set_level(logging.WARNING)
+    with client_of(replace(first, bundles=(blind,))) as client:
+        (recipe,) = client.get(f"{API}/recipes").json()
+        assert recipe["active"]["number"] == 1
+        assert len(client.get(f"{API}/recipes/plates/versions").json()) == 2
+        assert client.get(f"{API}/audit/verify").json()["ok"]
+    assert "the bundle given is not used: 1 golden sample would break" in caplog.text
+    wider = bundle(tmp_path / "third", calibration={"red": [0.01] * 19})
+    with client_of(replace(first, bundles=(wider,))) as client:
+        assert client.get(f"{API}/recipes").json()[0]["active"]["number"] == 3

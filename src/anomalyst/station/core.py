@@ -21,12 +21,15 @@ from anomalyst.station.keys import any_key
 from anomalyst.station.limits import Buckets
 from anomalyst.station.metrics import Metrics
 from anomalyst.station.recipes import (
+    activate,
     active_version,
     add_version,
+    find_recipe,
     get_or_add_recipe,
     name_of_path,
     same_version,
 )
+from anomalyst.station.refusals import Refusal
 from anomalyst.station.settings import Settings
 from anomalyst.station.store import Store
 from anomalyst.station.tables import AuditRow, Recipe
@@ -36,6 +39,7 @@ _log = logging.getLogger(__name__)
 Check = Callable[["Station", str, Kept, Thresholds | None], None]
 """Raises a `Refusal` (409) where a recipe, by name, must not change to a bundle and thresholds."""
 
+_GIVEN = "given to `anomalyst serve`"
 STATION = "station"
 """The actor of what nobody asked for: start-up, watched folders."""
 
@@ -63,6 +67,7 @@ class Station:
             self.metrics = Metrics(self.judges)
             self.buckets = Buckets(settings.rate, settings.burst)
             self.failures = Buckets(0.5, 20)
+            self._waiting: list[tuple[str, Kept]] = []
             names = [self._take_in(path) for path in settings.bundles]
             from anomalyst.station.watch import Watcher
 
@@ -76,6 +81,8 @@ class Station:
     def start(self) -> None:
         """Start judging and watching; the active models are loaded first thing."""
         self.judges.start()
+        for name, kept in self._waiting:
+            self._let_judge(name, kept)
         self.judges.run(self._load_active)
         self.watcher.start()
 
@@ -115,7 +122,10 @@ class Station:
             )
 
     def _take_in(self, path: Path) -> str:
-        """Make a recipe of a bundle, or a new version; one that is known changes nothing."""
+        """Make a recipe of a bundle, or a new version; one that is known changes nothing.
+
+        A recipe that judges already goes over to it only once the golden samples were asked.
+        """
         name, kept = name_of_path(path), keep_bundle(self.settings, path)
         with self.database.read() as session:
             found = session.scalars(select(Recipe).where(Recipe.name == name)).first()
@@ -123,8 +133,25 @@ class Station:
                 return name
         with self.database.change(STATION) as change:
             recipe = get_or_add_recipe(change, name)
-            add_version(change, recipe, kept, note="given to `anomalyst serve`")
+            add_version(change, recipe, kept, note=_GIVEN, make_active=found is None)
+        if found is not None:
+            self._waiting.append((name, kept))
         return name
+
+    def _let_judge(self, name: str, kept: Kept) -> None:
+        """Make a version that `serve` was given the active one, unless that breaks something."""
+        try:
+            self.check_change(name, kept, None)
+        except Refusal as refusal:
+            _log.warning("recipe %s: the bundle given is not used: %s", name, refusal.message)
+            return
+        with self.database.change(STATION) as change:
+            recipe = find_recipe(change.session, name)
+            version = same_version(change.session, recipe, kept)
+            assert version is not None
+            activate(change, recipe, version, _GIVEN)
+            number = version.number
+        _log.warning("recipe %s: version %d, the bundle given, judges from now on", name, number)
 
     def _load_active(self) -> None:
         """Load the models that judge; one that cannot be is told now, not at the first part."""

@@ -33,8 +33,11 @@ def add_key(database: Database, name: str, role: str, actor: str) -> str:
     secret = secrets.token_hex(32)
     try:
         with database.change(actor) as change:
-            key = ApiKey(name=name, role=role, sha256=_digest(secret))
-            change.session.add(key)
+            key = change.session.scalars(select(ApiKey).where(ApiKey.name == name)).first()
+            if key is None or key.revoked_at is None:  # the name of a working key is refused below
+                key = ApiKey(name=name)
+                change.session.add(key)
+            key.role, key.sha256, key.revoked_at = role, _digest(secret), None
             change.session.flush()
             change.record("key.add", f"key:{name}", id=key.id, role=role, sha256=key.sha256)
     except IntegrityError:
@@ -43,7 +46,7 @@ def add_key(database: Database, name: str, role: str, actor: str) -> str:
 
 
 def revoke_key(database: Database, name: str, actor: str) -> None:
-    """End a key; its name stays in the log and is not given again."""
+    """End a key; its name may get a new one."""
     with database.change(actor) as change:
         key = change.session.scalars(select(ApiKey).where(ApiKey.name == name)).first()
         if key is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-from sqlalchemy import ColumnElement, and_, or_, select
+from sqlalchemy import ColumnElement, or_, select
 from sqlalchemy.orm import Session, undefer
 
 from anomalyst.station.bundles import reference_hashes
@@ -22,7 +22,7 @@ _MOST = 300  # of each kind, the newest
 def nearest_good(station: Station, session: Session, inspection: Inspection) -> Inspection:
     """Return the nearest picture that the station has of a normal reference of the same category.
 
-    Where it has none, the nearest that an operator called good; then one that was judged ok.
+    Where it has none, the nearest that an operator called good.
 
     Raises
     ------
@@ -37,8 +37,7 @@ def nearest_good(station: Station, session: Session, inspection: Inspection) -> 
     known = reference_hashes(
         station.settings, version.bundle_sha256, version.kind, inspection.category or ""
     )
-    undecided_ok = and_(Inspection.decision.is_(None), Inspection.verdict == "ok")
-    kinds = [Inspection.decision == "good", undecided_ok]
+    kinds = [Inspection.decision == "good"]
     if known:
         kinds.insert(0, Inspection.image_sha256.in_(sorted(known)[:5000]))
     for kind in kinds:

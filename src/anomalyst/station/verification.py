@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -12,8 +13,18 @@ from sqlalchemy.orm import Session
 from anomalyst.station.audit import FIRST, canonical, row_hash
 from anomalyst.station.database import Database
 from anomalyst.station.inspections import DECIDED, FACTS
-from anomalyst.station.tables import AuditRow, Inspection
+from anomalyst.station.tables import (
+    ApiKey,
+    AuditRow,
+    Golden,
+    Inspection,
+    Recipe,
+    RecipeVersion,
+)
 
+_SETTINGS = ("recipe.version", "recipe.activate", "key.add", "golden.add", "golden.delete")
+_VERSION = ("number", "bundle_sha256", "kind", "method", "thresholds", "note")
+_SAMPLE = ("category", "image_sha256", "expected", "note")
 _CHUNK = 1000
 _MOST = 100
 
@@ -48,8 +59,14 @@ def verify(database: Database) -> Found:
             _check_subjects(session, found, rows)
         if noted is not None and noted[0] > found.rows:
             found.fault(f"row {noted[0]} was the last once: rows were removed from the end")
+        if noted is None and found.rows and database.witness is not None:
+            found.fault(
+                f"{database.witness.path} is missing: without it nobody can tell whether rows were "
+                "removed from the end"
+            )
         for inspections in _inspections(session):
             _check_inspections(session, found, inspections)
+        _check_settings(session, found)
     return found
 
 
@@ -115,6 +132,39 @@ def _check_inspections(session: Session, found: Found, rows: Sequence[Inspection
         last = decided[-1].detail if decided else canonical(dict.fromkeys(DECIDED))
         if last != _facts(row, DECIDED):
             found.fault(f"inspection {row.uid}: its decision is not the one in the log")
+
+
+def _check_settings(session: Session, found: Found) -> None:
+    """Compare recipes, their versions, keys and golden samples with what the log says last."""
+    told: dict[tuple[str, str], dict[str, Any]] = {}
+    query = select(AuditRow).where(AuditRow.action.in_(_SETTINGS)).order_by(AuditRow.seq)
+    for row in session.scalars(query):
+        detail = json.loads(row.detail)
+        kind = "golden" if row.action.startswith("golden") else row.action
+        subject = f"{row.subject} {detail['number']}" if kind == "recipe.version" else row.subject
+        told[kind, subject] = {**detail, "action": row.action}
+    names = {recipe.id: recipe for recipe in session.scalars(select(Recipe))}
+    active = {recipe.active_version_id for recipe in names.values()}
+    for version in session.scalars(select(RecipeVersion)):
+        subject = f"recipe:{names[version.recipe_id].name}"
+        said = told.get(("recipe.version", f"{subject} {version.number}"), {})
+        if any(said.get(name) != getattr(version, name) for name in _VERSION):
+            found.fault(f"{subject}: version {version.number} is not as it was made")
+        judging = told.get(("recipe.activate", subject), {}).get("number")
+        if version.id in active and judging != version.number:
+            found.fault(f"{subject}: version {version.number} judges, the log says {judging}")
+    for key in session.scalars(select(ApiKey)):
+        said = told.get(("key.add", f"key:{key.name}"), {})
+        if (said.get("role"), said.get("sha256")) != (key.role, key.sha256):
+            found.fault(f"key:{key.name}: is not as it was made")
+    samples = {f"golden:{sample.id}": sample for sample in session.scalars(select(Golden))}
+    kept = {s for (k, s), said in told.items() if k == "golden" and said["action"] == "golden.add"}
+    for subject in samples.keys() ^ kept:
+        found.fault(f"{subject}: is {'not in the log' if subject in samples else 'gone'}")
+    for subject in samples.keys() & kept:
+        said = told["golden", subject]
+        if any(said[name] != getattr(samples[subject], name) for name in _SAMPLE):
+            found.fault(f"{subject}: is not as it was made")
 
 
 def _facts(row: Inspection, names: Sequence[str]) -> str:

@@ -7,7 +7,7 @@ import { badge } from "./verdict.js";
 export function countsList(after, before = null) {
   const figure = (title, name, total, extra = "") => {
     const change = before ? after[name] - before[name] : 0;
-    const mark = change === 0 || name === "reviews" ? "" : change > 0 ? ".worse" : ".better";
+    const mark = change === 0 || ["reviews", "unjudged"].includes(name) ? "" : change > 0 ? ".worse" : ".better";
     const was = before ? h("span.hint", {}, change === 0 ? " (as now)" : ` (now ${before[name]})`) : null;
     return h(
       `div${mark}`,
@@ -23,6 +23,7 @@ export function countsList(after, before = null) {
     figure("False rejects: good, called NG", "false_rejects", after.n_good, most(after.false_rejects_at_most)),
     figure("Misses: defective, called OK", "misses", after.n_defect, most(after.misses_at_most)),
     figure("To be reviewed", "reviews", after.n_good + after.n_defect),
+    after.unjudged ? figure("Without any verdict: not calibrated", "unjudged", after.n_good + after.n_defect) : null,
   );
 }
 

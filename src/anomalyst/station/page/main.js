@@ -185,15 +185,18 @@ async function watchDrift() {
   if (!app.me) return;
   try {
     if (await refreshRecipes()) drawTools();
-    if (!app.recipe) return;
-    const { alarm } = await call(recipePath("/drift"));
+    const found = await Promise.all(app.recipes.map(async ({ name }) => ({ name, ...(await call(recipePath("/drift", name))) })));
+    const alarms = found.filter(({ alarm }) => alarm);
     const place = document.getElementById("alarm");
-    place.hidden = !alarm;
-    if (alarm) place.replaceChildren(h("p", {}, h("strong", {}, "The line has changed. "), `${alarm.split(" (")[0]}. `, h("a", { href: "#/line" }, "What to do")));
+    place.hidden = !alarms.length;
+    place.replaceChildren(...alarms.map(alarmLine));
   } catch {
     // as above
   }
 }
+
+const alarmLine = ({ name, alarm }) =>
+  h("p", {}, h("strong", {}, `The line of ${name} has changed. `), `${alarm.split(" (")[0]}. `, h("a", { href: "#/line" }, "What to do"));
 
 function showGone(gone) {
   const place = document.getElementById("lost");
@@ -231,6 +234,7 @@ function start() {
   });
   addEventListener("hashchange", () => open());
   addEventListener("state", () => (drawTools(), app.me && document.getElementById("view").firstElementChild?.dataset.view && open(false)));
+  addEventListener("state", () => (watchQueue(), watchDrift()));
   addEventListener("lessons", watchQueue);
   addEventListener("decided", watchQueue);
   addEventListener("key-needed", (event) => locked(event.detail));

@@ -54,7 +54,7 @@ export function oneCategory() {
   return app.category || app.recipe?.categories[0]?.name || "";
 }
 
-export const recipePath = (rest = "") => `/recipes/${encodeURIComponent(app.recipe?.name ?? "")}${rest}`;
+export const recipePath = (rest = "", name = app.recipe?.name ?? "") => `/recipes/${encodeURIComponent(name)}${rest}`;
 
 /** What the recipe promises of a category, in words; `sure` is false where it promises nothing. */
 export function promise(recipe, category) {

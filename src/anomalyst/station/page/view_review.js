@@ -48,15 +48,15 @@ class Queue {
 
   keys() {
     return [
-      ["ArrowRight", "Next part, this one later", () => this.step(1)],
-      ["ArrowLeft", "Part before", () => this.step(-1)],
+      ["ArrowRight", "Next part, this one later", () => this.forward()],
+      ["ArrowLeft", "Part before", () => this.before()],
       ["u", "Back to the part decided last", () => this.back()],
     ];
   }
 
   moves() {
-    const before = h("button", { type: "button", disabled: this.at === 0, onclick: () => this.step(-1) }, "← Before");
-    const next = h("button", { type: "button", onclick: () => this.step(1) }, "Later →");
+    const before = h("button", { type: "button", disabled: this.at === 0, onclick: () => this.before() }, "← Before");
+    const next = h("button", { type: "button", onclick: () => this.forward() }, "Later →");
     const back = h("button", { type: "button", disabled: this.last === null, onclick: () => this.back() }, "Last decided ", h("kbd", {}, "U"));
     return h("div.row", {}, before, next, back);
   }
@@ -69,11 +69,30 @@ class Queue {
     this.bind(this.keys());
   }
 
-  async step(by) {
-    const at = this.at + by;
-    if (at < 0) return;
-    if (at >= this.items.length && this.next) await this.fill();
-    this.at = Math.min(at, this.items.length);
+  /** Go to the next part that waits, and behind the last one to those that were put off. */
+  async forward() {
+    const waits = (each) => !each.decision;
+    const ahead = () => this.items.findIndex((each, k) => waits(each) && k > this.at);
+    if (ahead() < 0 && this.next) await this.fill();
+    let at = ahead() < 0 ? this.items.findIndex(waits) : ahead();
+    if (at < 0) at = await this.arrived();
+    this.at = at;
+    this.draw();
+  }
+
+  /** Take in what has come since, and return where it starts. */
+  async arrived() {
+    const known = new Set(this.items.map((each) => each.id));
+    const query = { pending: true, limit: 100, recipe: app.recipe?.name };
+    const page = await call(withQuery("/inspections", query), { signal: this.signal });
+    const at = this.items.length;
+    this.items.push(...page.items.filter((each) => !known.has(each.id)));
+    return at;
+  }
+
+  before() {
+    if (this.at === 0) return;
+    this.at -= 1;
     this.draw();
   }
 
@@ -87,6 +106,6 @@ class Queue {
     this.items[this.at] = changed;
     this.last = this.at;
     dispatchEvent(new Event("decided"));
-    await this.step(1);
+    await this.forward();
   }
 }
