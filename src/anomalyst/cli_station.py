@@ -64,14 +64,14 @@ def serve(
 
     given = (tuple(bundles or ()), tuple(watch or ()))
     settings = Settings(data, db, *given, host=host, port=port, device=device)
-    # Each record holds its likeness to the references: no line of the log for every odd part.
-    logging.getLogger("anomalyst.judging").setLevel(logging.ERROR)
     app = create_app(settings)
     try:
         listening = _listen(host, port)
     except BaseException:
         app.state.station.close()
         raise
+    # Each record holds its likeness to the references: no line of the log for every odd part.
+    logging.getLogger("anomalyst.judging").setLevel(logging.ERROR)
     port = listening.getsockname()[1]
     say(f"station: http://{f'[{host}]' if ':' in host else host}:{port} (Ctrl-C ends it)")
     _run(app, listening)
