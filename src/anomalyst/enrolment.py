@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -12,6 +12,7 @@ import numpy as np
 from anomalyst.bundle import AbnormalRecord, ReferenceRecord
 from anomalyst.data.images import read_mask
 from anomalyst.data.masks import defect_on_grids, outside, shows
+from anomalyst.data.transforms import Preprocess
 from anomalyst.errors import InputError, unknown
 from anomalyst.inference import (
     ImageSource,
@@ -85,7 +86,10 @@ def enroll(
     records: list[ReferenceRecord] = []
     views: list[Sequence[Tensor]] = []
     plain: list[tuple[list[str], FloatArray]] = []
-    for items in _new_references(detector, category, normal, progress):
+    good_known = [record.sha256 for record in known]
+    bad_known = {record.sha256 for record in known_bad}
+    preprocess = detector.engine.preprocess
+    for items in new_references(preprocess, category, normal, good_known, bad_known, progress):
         records += [record_of(item) for item in items]
         for positions in by_shape(items):
             same = [items[p] for p in positions]
@@ -98,7 +102,7 @@ def enroll(
     index = CategoryIndex()
     index.load(detector.index.tensors())
     for names, descriptors in plain:
-        _warn_of_strangers(category, names, index.compare(descriptors))
+        warn_of_strangers(category, names, index.compare(descriptors))
         index.remember(category, descriptors)
     for each in bad:
         _require_same_product(category, each.item, index.compare(each.descriptor)[0])
@@ -144,8 +148,7 @@ def _check_call(
             f"{spec.name} cannot use abnormal references; "
             "`anomalyst methods` shows which methods can"
         )
-    if not category.strip() or not category.isprintable() or category.startswith("__"):
-        raise InputError(f"category {category!r}: give a printable name, not starting with __")
+    require_printable(category)
     if not normal and abnormal and detector.references and category not in detector.references:
         raise unknown("category", category, detector.references)
     if not normal and not (abnormal and detector.references.get(category)):
@@ -155,17 +158,26 @@ def _check_call(
     detector.method.require_name(category)
 
 
-def _new_references(
-    detector: Detector,
+def require_printable(category: str) -> None:
+    """Raise where a category's name is none."""
+    if not category.strip() or not category.isprintable() or category.startswith("__"):
+        raise InputError(f"category {category!r}: give a printable name, not starting with __")
+
+
+def new_references(
+    preprocess: Preprocess,
     category: str,
     sources: Sequence[ImageSource],
+    known: Iterable[str],
+    bad: Container[str],
     progress: Progress | None,
 ) -> Iterator[list[Item]]:
-    """Yield batches of the normal images that are not enrolled yet, each content once."""
-    seen = {record.sha256 for record in detector.references.get(category, [])}
-    bad = {record.sha256 for record in detector.abnormal.get(category, [])}
-    done = 0
-    for batch in read_batches(sources, detector.engine.preprocess, 8):
+    """Yield batches of the normal images that are not enrolled yet, each content once.
+
+    ``known`` are the SHA-256 of normal references, ``bad`` those of abnormal ones.
+    """
+    seen, done = set(known), 0
+    for batch in read_batches(sources, preprocess, 8):
         fresh = []
         for item in batch:
             if item.error:
@@ -183,7 +195,7 @@ def _new_references(
             progress(f"enroll {category}", done, len(sources))
 
 
-def _warn_of_strangers(
+def warn_of_strangers(
     category: str, names: Sequence[str], similar: Sequence[Mapping[str, float]]
 ) -> None:
     """Warn of normal images that hardly show what the category's earlier references show."""

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -17,6 +15,7 @@ import numpy as np
 from anomalyst.data.images import read_image
 from anomalyst.errors import InputError
 from anomalyst.inference import ImageSource
+from anomalyst.judging import unwarned
 from anomalyst.scoring import Calibration
 from anomalyst.types import Prediction
 
@@ -282,7 +281,7 @@ def _cut(paths: Sequence[Path]) -> Iterator[_Case]:
 
 def _judged(judge: Detector | Runtime, cases: Sequence[_Case]) -> list[tuple[_Case, Prediction]]:
     found: list[tuple[_Case, Prediction]] = []
-    with _unwarned():
+    with unwarned():  # images are compared with themselves
         for category, group in groupby(cases, key=lambda case: case.category):
             part = list(group)
             sources = [case.source for case in part]
@@ -299,18 +298,6 @@ def _through(runtime: Runtime, cases: Sequence[_Case]) -> list[tuple[_Case, Pred
     except Exception as error:  # each engine has error classes of its own
         line = " ".join(str(error).split())
         raise DriftError(f"the graph breaks on these images ({line[:200]})") from error
-
-
-@contextmanager
-def _unwarned() -> Iterator[None]:
-    """Keep warnings of strangers away: images are compared with themselves here."""
-    log = logging.getLogger("anomalyst.judging")
-    before = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(before)
 
 
 def _require_comparable(pair: _Pair) -> None:

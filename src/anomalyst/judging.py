@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -24,6 +25,17 @@ from anomalyst.types import FloatArray, Prediction, Region, Sample, ScoreMap
 
 _log = logging.getLogger(__name__)
 _ONE_IMAGE = (str, Path, bytes, Sample, np.ndarray)
+
+
+@contextmanager
+def unwarned() -> Iterator[None]:
+    """Keep warnings of images that look like another product away meanwhile."""
+    before = _log.level
+    _log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        _log.setLevel(before)
 
 
 class Glance(Protocol):

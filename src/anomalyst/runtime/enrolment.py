@@ -7,23 +7,21 @@ image would add to the references of that name. Enrolling appends it.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from anomalyst.enrolment import new_references, require_printable, warn_of_strangers
 from anomalyst.errors import InputError
-from anomalyst.inference import ImageSource, Item, by_shape, network_inputs, read_batches
-from anomalyst.retrieval import CategoryIndex, mistaken, pooled
+from anomalyst.inference import ImageSource, Item, by_shape, network_inputs
+from anomalyst.retrieval import CategoryIndex, pooled
 from anomalyst.runtime.engines import NEW
 from anomalyst.types import FloatArray, Progress
 
 if TYPE_CHECKING:
     from anomalyst.runtime.judge import Runtime
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -46,11 +44,13 @@ def learn(
     _check_call(runtime, category, normal)
     index = CategoryIndex(runtime.descriptors)
     learned = Learned()
-    for items in _new_references(runtime, category, normal, progress):
+    known, preprocess = runtime.references.get(category, ()), runtime.preprocess
+    for items in new_references(preprocess, category, normal, known, (), progress):
         for positions in by_shape(items):
             same = [items[p] for p in positions]
             descriptors = _take(runtime, same, learned)
-            _warn_of_strangers(category, same, index, descriptors)
+            names = [item.name for item in same]
+            warn_of_strangers(category, names, index.compare(descriptors))
             index.remember(category, descriptors)
     if not learned.sha256:
         raise InputError(f"category {category!r} has all {len(normal)} images given already")
@@ -63,29 +63,9 @@ def _check_call(runtime: Runtime, category: str, normal: Sequence[ImageSource]) 
             f"this export of {runtime.manifest.method} cannot enroll, as more follows from "
             "references than the graph computes: enroll with the bundle, and export it again"
         )
-    if not category.strip() or not category.isprintable() or category.startswith("__"):
-        raise InputError(f"category {category!r}: give a printable name, not starting with __")
+    require_printable(category)
     if not normal:
         raise InputError(f"category {category!r}: give at least one normal reference image")
-
-
-def _new_references(
-    runtime: Runtime, category: str, sources: Sequence[ImageSource], progress: Progress | None
-) -> Iterator[list[Item]]:
-    """Yield batches of the images that are not enrolled yet, each content once."""
-    seen, done = set(runtime.references.get(category, ())), 0
-    for batch in read_batches(sources, runtime.preprocess, 8):
-        fresh = []
-        for item in batch:
-            if item.error:
-                raise InputError(f"reference of {category!r}: {item.error}")
-            if item.sha256 not in seen:
-                seen.add(item.sha256)
-                fresh.append(item)
-        yield fresh
-        done += len(batch)
-        if progress:
-            progress(f"enroll {category}", done, len(sources))
 
 
 def _take(runtime: Runtime, items: Sequence[Item], learned: Learned) -> FloatArray:
@@ -107,12 +87,3 @@ def _take(runtime: Runtime, items: Sequence[Item], learned: Learned) -> FloatArr
     learned.sha256 += [item.sha256 for item in items]
     learned.descriptors.append(descriptors)
     return descriptors
-
-
-def _warn_of_strangers(
-    category: str, items: Sequence[Item], index: CategoryIndex, descriptors: FloatArray
-) -> None:
-    """Warn of images that hardly show what the category's earlier references show."""
-    for item, similar in zip(items, index.compare(descriptors), strict=True):
-        if (found := mistaken(category, similar)) is not None:
-            _log.warning("%s: looks %s; taken as normal all the same", item.name, found)

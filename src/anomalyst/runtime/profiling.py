@@ -5,15 +5,13 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import logging
 import os
 import platform
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import cycle
@@ -88,7 +86,7 @@ def profile_runtime(
     cold = _start_cold(Path(path), engine, chosen[0], batches, shown)
     tell("profile", 1, steps)
     export, times = read_export(Path(path)), list[RuntimeTimes]()
-    with _no_remarks():
+    with judging.unwarned():
         for done, batch in enumerate(batches, start=2):
             stages = [_Stages(export, runtime, shown, batch) for runtime in runtimes]
             times += _measured(stages, chosen)
@@ -116,18 +114,6 @@ def profile_runtime(
 
 def _silent(stage: str, done: int, total: int, note: str = "") -> None:
     return
-
-
-@contextmanager
-def _no_remarks() -> Iterator[None]:
-    """Keep it to ourselves that the made-up picture looks like no product."""
-    told = logging.getLogger(judging.__name__)
-    level = told.level
-    told.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        told.setLevel(level)
 
 
 def _environment(engine: str) -> dict[str, Any]:

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-import threading
-from contextlib import suppress
 from pathlib import Path
 
-from anomalyst.files import is_disk_full
+from anomalyst.files import is_disk_full, replace_file
 from anomalyst.station.database import DiskFull
 from anomalyst.station.refusals import Refusal
 
@@ -72,16 +70,7 @@ class Store:
         if not path.parent.is_dir():
             path.parent.mkdir(exist_ok=True)
             _sync(self.folder)
-        partial = path.parent / f".{os.getpid()}-{threading.get_ident()}.partial"
-        try:
-            with partial.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        finally:
-            with suppress(OSError):
-                partial.unlink(missing_ok=True)
+        replace_file(path, content)
 
 
 def _sync(folder: Path) -> None:
