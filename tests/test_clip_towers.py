@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from anomalyst.detector import Detector
 from anomalyst.errors import InputError
+from anomalyst.features.attention import ClipAttention, write_out
 from anomalyst.features.backbones import REGISTRY, find_backbone
 from anomalyst.features.clip import (
     ClipText,
@@ -476,6 +477,7 @@ def test_with_equal_queries_keys_and_values_both_attentions_are_one() -> None:
         torch.manual_seed(0)
         stack = open_clip.transformer.Transformer(64, 2, 4, ls_init_value=0.3).eval()
     blocks = stack.resblocks
+    write_out(blocks)
     for block in blocks:
         tied = block.attn.in_proj_weight[-64:]
         block.attn.in_proj_weight.copy_(tied.repeat(3, 1))
@@ -488,6 +490,25 @@ def test_with_equal_queries_keys_and_values_both_attentions_are_one() -> None:
     close(last - local, again)
     close(second, run_blocks(blocks, tokens))
     assert again.abs().max() > 1e-2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_written_out_is_torchs(masked: bool) -> None:
+    """All tokens, or the first alone, which reads the others."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        theirs = torch.nn.MultiheadAttention(64, 4, batch_first=True).eval()
+        theirs.in_proj_bias.normal_()
+    ours = ClipAttention(theirs)
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    tokens = numbers(2, 9, 64)
+    for count in (9, 1):
+        mask = numbers(count, 9) if masked else None
+        some = tokens if count == 9 else tokens[:, :count]
+        found, _ = ours(some, tokens, tokens, need_weights=False, attn_mask=mask)
+        expected, _ = theirs(some, tokens, tokens, need_weights=False, attn_mask=mask)
+        close(found, expected)
 
 
 # ---- which CLIPs --------------------------------------------------------------------------------

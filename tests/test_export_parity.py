@@ -205,6 +205,20 @@ def test_int8_may_move_scores_but_not_their_order(detector: Detector, images: li
         check(gate, detector, lambda k, p: moved(p, score=float(random[k])), int8=True)
 
 
+def test_references_have_no_order(tiny_weights: str, images: list[Path], tmp_path: Path) -> None:
+    """They score rounding errors alone, which int8 changes."""
+    known = [save(tmp_path / f"{k}.png", texture(40 + k)) for k in range(8)]
+    detector = Detector("anomaly-dino", backbone=TINY, weights=tiny_weights, image_size=96)
+    detector.enroll("plate", known)
+    by_name = {path.name: 1e-5 * (1 + (5 * k) % 8) for k, path in enumerate(known)}
+    gate = Gate(detector, [*known, *images], ["plate"])
+
+    def change(_: int, p: Prediction) -> Prediction:
+        return moved(p, score=by_name.get(Path(p.image).name, 0.0))
+
+    assert check(gate, detector, change, int8=True).spearman == pytest.approx(1)
+
+
 def test_int8_needs_images_that_tell_something(detector: Detector, images: list[Path]) -> None:
     for given, said in [
         (images[:4], "give 5 images of 'plate' or more"),

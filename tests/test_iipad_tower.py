@@ -13,7 +13,7 @@ import open_clip
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from anomalyst.detector import Detector
@@ -215,7 +215,9 @@ def test_head_tokens_are_what_each_head_looks_at(build: Build) -> None:
             tokens = block(tokens)
         last = tower.blocks[-1]
         read = last.ln_1(tokens)
-        _, paid = last.attn(read, read, read, average_attn_weights=False)
+        torchs = nn.MultiheadAttention(read.shape[2], last.attn.num_heads, batch_first=True)
+        torchs.load_state_dict(last.attn.state_dict())
+        _, paid = torchs(read, read, read, average_attn_weights=False)
         share = functional.normalize(paid[0, :, 0, 1:], p=1, dim=1)  # (heads, N)
         mixed = share @ last(tokens)[0, 1:]
         expected = functional.normalize(tower.project(mixed), dim=1)

@@ -48,6 +48,9 @@ def export(
     if as_json:
         show_json({"exported": str(path), "parity": parity})
         return
+    if parity["int8_layers"]:
+        some, every = parity["int8_layers"]
+        say(f"{some} of {every} layers in int8, rank correlation {parity['spearman']:.4f}")
     say(
         f"{parity['images']} images: map within {parity['max_map_error']:.1e}, score within "
         f"{parity['max_score_error']:.1e} of torch, {parity['verdicts_flipped']} verdicts differ"

@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -47,7 +47,7 @@ Tell = Callable[[str], None]
 _log = logging.getLogger(__name__)
 
 _COMPARED = 24  # images that go through the gate, of those given; with int8 all do
-_MEASURED = 32  # images that the ranges of int8 are measured on
+_MEASURED = 128  # images that the ranges of int8 are measured on
 _NEEDED = ("onnx", "onnxscript")
 _TOOLS = (*_NEEDED, "onnxruntime", "openvino", "nncf")
 
@@ -220,18 +220,45 @@ class _Maker:
         return InputError(f"no export of {self.detector.spec.name} ({how}): {reason}")
 
     def _attempt(self, gate: Gate, size: Size | None) -> tuple[Export, Parity]:
-        from anomalyst.export_graph import OUTPUTS, as_onnx, as_openvino, references_of, trace
-        from anomalyst.runtime import Runtime
-        from anomalyst.runtime.engines import make_engine
+        from anomalyst.export_graph import references_of, trace
 
         known = references_of(self.detector, self.names, size)
         self.tell("making the graph, " + ("any size" if size is None else f"{size[0]}x{size[1]}"))
         model = trace(self.detector, known, size)
         if self.int8:
-            from anomalyst.export_int8 import quantized
+            return self._quantized(model, gate, known, size)
+        return self._held(model, gate, known, size)
 
-            self.tell("measuring the ranges of int8")
-            model = quantized(model, islice(self._feeds(gate, known, size), _MEASURED))
+    def _quantized(
+        self, model: Any, gate: Gate, known: Mapping[str, References], size: Size | None
+    ) -> tuple[Export, Parity]:
+        """Return the export with as many layers in int8 as the gate lets pass."""
+        from anomalyst.export_int8 import ATTEMPTS, count_layers, quantized
+        from anomalyst.export_parity import DriftError
+
+        feeds = list(islice(self._feeds(gate, known, size), _MEASURED))
+        layers = count_layers(model)
+        refused: DriftError | None = None
+        for words, spared in ATTEMPTS.items():
+            self.tell(f"measuring the ranges of int8, {words}")
+            try:
+                export, parity = self._held(quantized(model, feeds, spared), gate, known, size)
+            except DriftError as reason:
+                self.tell(f"refused ({reason})")
+                refused = reason
+            else:
+                return export, replace(parity, int8_layers=(layers - len(spared(model)), layers))
+        assert refused is not None
+        raise refused
+
+    def _held(
+        self, model: Any, gate: Gate, known: Mapping[str, References], size: Size | None
+    ) -> tuple[Export, Parity]:
+        """Return the graph's export, held against torch."""
+        from anomalyst.export_graph import OUTPUTS, as_onnx, as_openvino
+        from anomalyst.runtime import Runtime
+        from anomalyst.runtime.engines import make_engine
+
         self.tell(f"comparing {self.format} with torch")
         files = (as_onnx(model),) if self.format == "onnx" else as_openvino(model)
         inputs = [each.name for each in model.graph.input if each.name != "image"]

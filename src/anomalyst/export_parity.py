@@ -43,8 +43,8 @@ class Parity:
 
     Errors are shares of the category's span: the largest range of any of its maps here, a tenth of
     the method's heat unit at least. Verdicts and rank correlation are those of whole images; with
-    int8 the verdicts are those of the calibration images alone. ``seconds`` are of all images,
-    reading included.
+    int8 the verdicts are those of the calibration images alone. ``int8_layers`` are those in int8,
+    and all that multiply by weights. ``seconds`` are of all images, reading included.
     """
 
     images: int
@@ -56,6 +56,7 @@ class Parity:
     verdicts_flipped: int
     spearman: float | None
     seconds: dict[str, float]
+    int8_layers: tuple[int, int] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return it ready for JSON."""
@@ -173,7 +174,7 @@ class Gate:
             max_score_error=max(error[1] for error in errors),
             tolerance=None if int8 else TOLERANCE,
             verdicts_flipped=len(flipped),
-            spearman=_require_order(pairs, self._names) if int8 else None,
+            spearman=self._require_order(pairs) if int8 else None,
             seconds=seconds,
         )
 
@@ -199,6 +200,41 @@ class Gate:
         span = self._spans[pair.torch.category]
         score = abs(pair.torch.score - pair.export.score)
         return float(np.abs(one.values - two.values).max()) / span, score / span
+
+    def _require_order(self, pairs: Sequence[_Pair]) -> float:
+        """Return the least rank correlation of any category's scores.
+
+        References are left out: that they score nothing, but for rounding, has no order.
+
+        Raises
+        ------
+        DriftError
+            It is too low.
+        InputError
+            A category has too few images.
+        """
+        from scipy.stats import spearmanr
+
+        least = 1.0
+        wanted: Sequence[str | None] = self._names or [None]
+        for name in wanted:
+            own = {each.sha256 for each in self._detector.references.get(name or "", [])}
+            shown = [p for p in pairs if p.torch.category == name and p.torch.sha256 not in own]
+            both = [(p.torch.score, p.export.score) for p in shown]
+            of = "" if name is None else f" of {name!r}"
+            if len(both) < _LEAST_RANKED:
+                raise InputError(
+                    f"int8 is checked by the order of image scores: give {_LEAST_RANKED} "
+                    f"images{of} or more that are no references, defects among them"
+                )
+            found = float(spearmanr(*zip(*both, strict=True)).statistic)
+            if not found >= SPEARMAN:
+                raise DriftError(
+                    f"int8 changes the order of the {len(both)} images{of}: rank correlation "
+                    f"{found:.4f}, {SPEARMAN} is needed"
+                )
+            least = min(least, found)
+        return least
 
     def _calibrated_on(self, pair: _Pair) -> bool:
         known = self._detector.calibration.get(pair.torch.category or "")
@@ -324,35 +360,3 @@ def _require_near(pairs: Sequence[_Pair], errors: Sequence[tuple[float, float]])
                 f"{pairs[worst].case.name}: its {what} differs by {error:.2g} of the category's "
                 f"span, {TOLERANCE:g} is allowed"
             )
-
-
-def _require_order(pairs: Sequence[_Pair], names: Sequence[str]) -> float:
-    """Return the least rank correlation of any category's scores.
-
-    Raises
-    ------
-    DriftError
-        It is too low.
-    InputError
-        A category has too few images.
-    """
-    from scipy.stats import spearmanr
-
-    least = 1.0
-    wanted: Sequence[str | None] = names or [None]
-    for name in wanted:
-        both = [(p.torch.score, p.export.score) for p in pairs if p.torch.category == name]
-        of = "" if name is None else f" of {name!r}"
-        if len(both) < _LEAST_RANKED:
-            raise InputError(
-                f"int8 is checked by the order of image scores: give {_LEAST_RANKED} images{of} or "
-                "more, defects among them"
-            )
-        found = float(spearmanr(*zip(*both, strict=True)).statistic)
-        if not found >= SPEARMAN:
-            raise DriftError(
-                f"int8 changes the order of the {len(both)} images{of}: rank correlation "
-                f"{found:.4f}, {SPEARMAN} is needed"
-            )
-        least = min(least, found)
-    return least

@@ -81,14 +81,9 @@ def local_path(
 
 def _both_attentions(block: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Return a block's output and what value-value attention adds to the local stream."""
-    attention = block.attn
-    heads = attention.num_heads
-    joint = functional.linear(
-        block.ln_1(tokens), attention.in_proj_weight, attention.in_proj_bias
-    ).view(*tokens.shape[:2], 3, heads, -1)  # (B, L, 3 C) -> (B, L, 3, heads, d)
-    query, key, value = joint.permute(2, 0, 3, 1, 4)  # each (B, heads, L, d)
+    query, key, value = block.attn.split(block.ln_1(tokens))
     plain, local = (
-        block.ls_1(attention.out_proj(mixed.transpose(1, 2).flatten(2)))  # -> (B, L, C)
+        block.ls_1(block.attn.join(mixed))
         for mixed in (
             functional.scaled_dot_product_attention(query, key, value),
             functional.scaled_dot_product_attention(value, value, value),

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from anomalyst.errors import InputError
+from anomalyst.features.attention import write_out
 from anomalyst.features.backbones import OPENAI_CLIP, BackboneSpec
 from anomalyst.features.towers import OpenClipTokens, StageTower, TimmTokens, Tower
 
@@ -27,6 +28,7 @@ def make_tower(spec: BackboneSpec, layers: Sequence[int]) -> Tower:
     if spec.library == "open_clip":
         visual = _make_open_clip(spec.architecture)
         visual.transformer.resblocks = visual.transformer.resblocks[: last + 1]
+        write_out(visual.transformer.resblocks)
         visual.proj = visual.attn_pool = None
         visual.ln_post = visual.ln_post if norm else nn.Identity()
         return OpenClipTokens(visual, layers, norm)
@@ -81,6 +83,8 @@ def make_clip(spec: BackboneSpec) -> tuple[Any, Any]:
             config["text_cfg"],
             quick_gelu=config.get("quick_gelu", False),
         )
+    for tower in (model.visual.transformer, model.transformer):
+        write_out(tower.resblocks)
     model.attn_mask = None  # no weight: whoever runs the text tower makes it
     return model, _tokenizer(spec.architecture)
 

@@ -225,6 +225,11 @@ class OpenClipTokens(TokenTower):
 class StageTower(Tower):
     """Any other network of timm, through its own ``forward_intermediates``."""
 
+    def adopt(self, tensors: Mapping[str, Tensor]) -> None:
+        super().adopt(tensors)
+        # Convolutions are a third quicker where the channels of a pixel lie together.
+        self.model.to(memory_format=torch.channels_last)
+
     def forward(self, images: Tensor) -> list[Tensor]:
         model: Any = self.model
         ascending = sorted(self.layers)
