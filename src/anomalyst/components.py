@@ -6,6 +6,8 @@ union-find over whole arrays: no Python loop over pixels or runs.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import numpy.typing as npt
 
@@ -14,6 +16,50 @@ from anomalyst.types import BoolArray
 
 LabelArray = npt.NDArray[np.int32]
 _IndexArray = npt.NDArray[np.intp]
+
+
+class Runs(NamedTuple):
+    """Horizontal runs of a mask's pixels, row by row, and the region that each belongs to."""
+
+    row: _IndexArray
+    left: _IndexArray
+    right: _IndexArray
+    """Exclusive."""
+    region: _IndexArray
+    """0 to ``count`` - 1, in the order in which a row-by-row reading meets them."""
+    count: int
+
+
+def find_runs(mask: BoolArray) -> Runs:
+    """Return the runs of a mask ``[H, W]``; regions touch by an edge or a corner.
+
+    Raises
+    ------
+    InputError
+        It is no mask.
+    """
+    if mask.ndim != 2 or mask.dtype != np.bool_:
+        raise InputError(
+            f"mask has shape {mask.shape} and type {mask.dtype}: give a bool array [height, width]"
+        )
+    # One False column at the left keeps runs of neighbouring rows apart once flattened.
+    stride = mask.shape[1] + 1
+    padded = np.zeros(mask.shape[0] * stride + 1, dtype=np.bool_)
+    padded[:-1].reshape(mask.shape[0], stride)[:, 1:] = mask
+    edges = np.flatnonzero(padded[1:] != padded[:-1]) + 1
+    starts, ends = edges[::2], edges[1::2]
+
+    roots = _roots(len(starts), *_touching(starts, ends, stride))
+    is_root = roots == np.arange(len(roots))
+    row = starts // stride
+    before = row * stride + 1
+    return Runs(
+        row=row,
+        left=starts - before,
+        right=ends - before,
+        region=np.cumsum(is_root)[roots] - 1,
+        count=int(np.count_nonzero(is_root)),
+    )
 
 
 def label_regions(mask: BoolArray) -> tuple[LabelArray, int]:
@@ -30,23 +76,10 @@ def label_regions(mask: BoolArray) -> tuple[LabelArray, int]:
         int32 ``[H, W]``: 0 outside the mask, 1 to ``count`` inside, numbered in the order in which
         a row-by-row reading meets them (as ``scipy.ndimage.label`` with a 3x3 structure does).
     """
-    if mask.ndim != 2 or mask.dtype != np.bool_:
-        raise InputError(
-            f"mask has shape {mask.shape} and type {mask.dtype}: give a bool array [height, width]"
-        )
+    runs = find_runs(mask)
     labels = np.zeros(mask.shape, dtype=np.int32)
-    # One False column at the left keeps runs of neighbouring rows apart once flattened.
-    stride = mask.shape[1] + 1
-    padded = np.zeros(mask.shape[0] * stride + 1, dtype=np.bool_)
-    padded[:-1].reshape(mask.shape[0], stride)[:, 1:] = mask
-    edges = np.flatnonzero(padded[1:] != padded[:-1]) + 1
-    starts, ends = edges[::2], edges[1::2]
-
-    roots = _roots(len(starts), *_touching(starts, ends, stride))
-    is_root = roots == np.arange(len(roots))
-    run_labels = np.cumsum(is_root, dtype=np.int32)[roots]
-    labels[mask] = np.repeat(run_labels, ends - starts)
-    return labels, int(np.count_nonzero(is_root))
+    labels[mask] = np.repeat(runs.region + 1, runs.right - runs.left)
+    return labels, runs.count
 
 
 def _touching(

@@ -19,7 +19,7 @@ from anomalyst import profiling_clock
 from anomalyst.evaluation import peak_rss_mb
 from anomalyst.features.clip import ClipTower, run_blocks
 from anomalyst.features.extractor import Backbone
-from anomalyst.features.linears import LINEAR_FLOPS
+from anomalyst.features.linears import LINEAR_FLOPS, QuickLinears
 from anomalyst.profiling_clock import WARM_UP
 from anomalyst.profiling_record import Peak
 from anomalyst.types import Progress
@@ -64,7 +64,8 @@ def plain_pass(tower: ClipTower, images: Tensor) -> Tensor:
 def bare_pass(backbone: Backbone, images: Tensor) -> object:
     """Run the backbone alone: up to its last tap, or the image tower of a CLIP once, whole."""
     if isinstance(backbone.tower, ClipTower):
-        return plain_pass(backbone.tower, images)
+        with QuickLinears():  # as the backbone itself computes
+            return plain_pass(backbone.tower, images)
     return backbone(images)
 
 

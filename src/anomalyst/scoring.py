@@ -13,7 +13,7 @@ from math import ceil, floor
 
 import numpy as np
 
-from anomalyst.components import label_regions
+from anomalyst.components import find_runs
 from anomalyst.errors import InputError
 from anomalyst.types import FloatArray, Region, ScoreMap, Verdict
 
@@ -81,32 +81,32 @@ def render(score_map: ScoreMap, height: int, width: int) -> FloatArray:
 
 def find_regions(full_map: FloatArray, threshold: float) -> tuple[Region, ...]:
     """Return the 8-connected areas where the map exceeds ``threshold``, largest score first."""
-    labels, count = label_regions(full_map > threshold)
-    if count == 0:
+    mask = full_map > threshold
+    runs = find_runs(mask)
+    if runs.count == 0:
         return ()
-    rows, columns = np.nonzero(labels)
-    owner = labels[rows, columns] - 1
-    order = np.argsort(owner, kind="stable")
-    starts = np.searchsorted(owner[order], np.arange(count))
-    rows, columns = rows[order], columns[order]
-    top = np.minimum.reduceat(rows, starts)
-    left = np.minimum.reduceat(columns, starts)
-    bottom = np.maximum.reduceat(rows, starts)
-    right = np.maximum.reduceat(columns, starts)
-    peak = np.maximum.reduceat(full_map[rows, columns], starts)
-    area = np.diff(np.append(starts, len(rows)))
+    lengths = runs.right - runs.left
+    peaks = np.maximum.reduceat(full_map[mask], np.cumsum(lengths) - lengths)
+    order = np.argsort(runs.region, kind="stable")
+    starts = np.searchsorted(runs.region[order], np.arange(runs.count))
+    top = runs.row[order][starts]
+    left = np.minimum.reduceat(runs.left[order], starts)
+    bottom = np.maximum.reduceat(runs.row[order], starts)
+    right = np.maximum.reduceat(runs.right[order], starts)
+    area = np.add.reduceat(lengths[order], starts)
+    peak = np.maximum.reduceat(peaks[order], starts)
     found = [
         Region(
             bbox=(
                 int(left[i]),
                 int(top[i]),
-                int(right[i] - left[i]) + 1,
+                int(right[i] - left[i]),
                 int(bottom[i] - top[i]) + 1,
             ),
             area=int(area[i]),
             score=float(peak[i]),
         )
-        for i in range(count)
+        for i in range(runs.count)
     ]
     return tuple(sorted(found, key=lambda region: -region.score))
 
