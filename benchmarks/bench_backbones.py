@@ -58,7 +58,7 @@ def main() -> None:
     for id, side, layers, make in NETWORKS:
         with tempfile.TemporaryDirectory() as folder:
             weights = random_weights(id, Path(folder) / "weights.safetensors")
-            pair: list[Network] = [make(), Backbone.load(id, layers, weights)]
+            pair: list[Network] = [make(), Backbone.load(id, layers, weights=weights)]
         for threads in (1, 2):
             torch.set_num_threads(threads)
             for batch in (1, 8):

@@ -1,8 +1,8 @@
 """A bundle's export in int8 against its export in float32: time, order of scores, verdicts.
 
-    python benchmarks/bench_int8.py BUNDLE IMAGES [--format onnx openvino] [--rounds 9]
+    python benchmarks/bench_int8.py BUNDLE IMAGES... [--format onnx openvino] [--rounds 9]
 
-IMAGES is a folder with all calibration images and defects, searched to the bottom; the parity gate
+IMAGES are folders with all calibration images and defects, searched to the bottom; the parity gate
 judges all of them. What is timed is `predict` on eight of the files, on two threads, in turn.
 """
 
@@ -24,11 +24,11 @@ from timing import seconds
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("images", type=Path)
+    parser.add_argument("images", type=Path, nargs="+")
     parser.add_argument("--format", nargs="+", default=["onnx", "openvino"])
     parser.add_argument("--rounds", type=int, default=9)
     options = parser.parse_args()
-    every = list_images(options.images, recursive=True)
+    every = [path for folder in options.images for path in list_images(folder, recursive=True)]
     for format in options.format:
         with tempfile.TemporaryDirectory() as folder:
             compare(options, format, every, Path(folder))

@@ -1,14 +1,15 @@
 """Every method in torch, ONNX Runtime and OpenVINO, each against its bare backbone there.
 
     python benchmarks/deploy_table.py [METHOD...] [--sizes 224 280 392] [--batches 1 8]
-        [--threads 1 2] [--rounds 3] [--data ../shared/data/mvtec] -o deploy.jsonl
+        [--threads 1 2] [--runtimes torch onnxruntime openvino] [--rounds 3]
+        [--data ../shared/data/mvtec] -o deploy.jsonl
     python benchmarks/deploy_table.py --show deploy.jsonl
 
 What is timed is `predict` on image files, from decoding to verdict, and the backbone alone on
 tensors that are ready, in turn: all of one size, batch and number of threads in every round. The
 ratio is the median of the rounds' own. Weights are drawn at random, which costs the same, and the
 heads that a training would shape are as they start; NAGL is the shipped generalist. Sizes are
-brought to the backbone's next step.
+brought to the backbone's next step. IIPAD's ViT-L leaves room for one runtime a run in 24 GiB.
 """
 
 from __future__ import annotations
@@ -106,17 +107,30 @@ def bare_graph(detector: Detector, side: int) -> Any:
 
 
 def contenders(
-    detector: Detector, exports: dict[str, Path], bare: Any, threads: int
+    detector: Detector, exports: dict[str, tuple[Path, Any]], threads: int, runtimes: Sequence[str]
 ) -> dict[str, tuple[Any, Callable[[np.ndarray], object]]]:
     """Return by runtime what predicts, and the bare pass."""
-    found: dict[str, Any] = {
-        "torch": (detector, lambda x: bare_pass(detector.engine.backbone, torch.from_numpy(x)))
-    }
-    for engine, format in FORMATS.items():
-        files = (as_onnx(bare),) if format == "onnx" else as_openvino(bare)
-        alone = ENGINES[engine](files, threads)
-        runtime = Runtime.load(exports[format], threads=threads)
+    found: dict[str, Any] = {}
+    if "torch" in runtimes:
+        backbone = detector.engine.backbone
+        found["torch"] = (detector, lambda x: bare_pass(backbone, torch.from_numpy(x)))
+    for engine, (export, bare) in exports.items():
+        alone = ENGINES[engine](bare, threads)
+        runtime = Runtime.load(export, threads=threads)
         found[engine] = (runtime, lambda x, alone=alone: alone.run({"image": x}))
+    return found
+
+
+def exported(
+    detector: Detector, side: int, paths: list[Path], folder: Path, runtimes: Sequence[str]
+) -> dict[str, tuple[Path, Any]]:
+    """Return by engine the export, and the bare pass as a file of that engine."""
+    found: dict[str, tuple[Path, Any]] = {}
+    for engine in FORMATS.keys() & set(runtimes):
+        format = FORMATS[engine]
+        path = export_bundle(detector, folder / format, paths[:2], format=format, size=(side, side))
+        bare = bare_graph(detector, side)
+        found[engine] = path, (as_onnx(bare),) if format == "onnx" else as_openvino(bare)
     return found
 
 
@@ -128,16 +142,10 @@ def rows(method: str, size: int, data: Dataset, paths: list[Path], options: Any)
         preprocess = detector.engine.preprocess
         tensors = np.stack([preprocess(read_image(path)) for path in paths])
         side = tensors.shape[-1]
-        exports = {
-            format: export_bundle(
-                detector, folder / format, paths[:2], format=format, size=(side, side)
-            )
-            for format in FORMATS.values()
-        }
-        bare = bare_graph(detector, side)
+        exports = exported(detector, side, paths, folder, options.runtimes)
         for threads in options.threads:
             torch.set_num_threads(threads)
-            ready = contenders(detector, exports, bare, threads)
+            ready = contenders(detector, exports, threads, options.runtimes)
             for batch in options.batches:
                 times = measure(ready, tensors, paths, batch, options.rounds)
                 for runtime, pairs in times.items():
@@ -192,7 +200,7 @@ def show(file: Path) -> None:
         cell = f"{row['predict_s'] * 1000:.0f} ms, {row['ratio']:.2f} x"
         cells.setdefault(tuple(row[key] for key in keys), {})[row["runtime"]] = cell
     for (method, _, size, batch, threads), each in cells.items():
-        line = " | ".join(each[name] for name in ("torch", *FORMATS))
+        line = " | ".join(each.get(name, "") for name in ("torch", *FORMATS))
         print(f"| {method} | {size} | {batch} | {threads} | {line} |")
 
 
@@ -202,6 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[224, 280, 392])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--runtimes", nargs="+", default=["torch", *FORMATS])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--data", type=Path, default=Path("../shared/data/mvtec"))
     parser.add_argument("--scratch", type=Path, help="where exports go meanwhile")

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 _BEND = -0.75  # of torch's cubic kernel
 _TABLES_KEPT = 16
+_TOGETHER = 4  # images that a processor passes at a time: the maps of more leave its cache
 
 
 class Tower(nn.Module, ABC):
@@ -231,6 +232,12 @@ class StageTower(Tower):
         self.model.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> list[Tensor]:
+        if images.device.type != "cpu" or torch.compiler.is_compiling():
+            return self._maps(images)
+        parts = [self._maps(some) for some in images.split(_TOGETHER)]
+        return parts[0] if len(parts) == 1 else [torch.cat(each) for each in zip(*parts, strict=True)]
+
+    def _maps(self, images: Tensor) -> list[Tensor]:
         model: Any = self.model
         ascending = sorted(self.layers)
         maps = model.forward_intermediates(
