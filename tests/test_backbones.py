@@ -209,7 +209,7 @@ def test_stages_match_features_only(name: str, tmp_path: Path) -> None:
     reference = timm.create_model(name, features_only=True, out_indices=(1, 3)).eval()
     reference.load_state_dict(model.state_dict(), strict=False)
     backbone = Backbone.load(f"timm:{name}", [3, 1], weights=f"file:{tmp_path}/w.safetensors")
-    images = random_images(2, 3, 64, 96)
+    images = random_images(6, 3, 64, 96)  # more than pass at a time
     with torch.no_grad():
         expected = reference(images)
     for mine, theirs in zip(backbone(images), reversed(expected), strict=True):
@@ -217,6 +217,9 @@ def test_stages_match_features_only(name: str, tmp_path: Path) -> None:
     assert (backbone.stride, backbone.spec.stride) == (16, 32)
     beyond = ("layer4", "blocks.5", "conv_head", "fc.", "classifier", "num_batches_tracked")
     assert not any(part in key for key in backbone.state() for part in beyond)
+    given = model.state_dict()
+    for key, tensor in backbone.state().items():  # in whatever order the layers keep them
+        assert torch.equal(tensor, given[key]) and tensor.is_contiguous()
 
 
 def test_networks_with_constants_of_their_own_come_whole() -> None:
