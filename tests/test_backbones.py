@@ -213,7 +213,8 @@ def test_stages_match_features_only(name: str, tmp_path: Path) -> None:
     with torch.no_grad():
         expected = reference(images)
     for mine, theirs in zip(backbone(images), reversed(expected), strict=True):
-        torch.testing.assert_close(mine, theirs)
+        rounding = 1e-5 * float(theirs.abs().max())  # sums in another order
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=rounding)
     assert (backbone.stride, backbone.spec.stride) == (16, 32)
     beyond = ("layer4", "blocks.5", "conv_head", "fc.", "classifier", "num_batches_tracked")
     assert not any(part in key for key in backbone.state() for part in beyond)

@@ -77,9 +77,12 @@ def test_layers_of_two_inputs_are_both_first() -> None:
     assert first_layers(model) == ["patches", "known"]
 
 
-def test_loggers_stay_pythons_own() -> None:
+def test_logging_stays_as_it_was() -> None:
+    """NNCF makes all later loggers its own, and mutes handlers that its logger was given."""
     program = (
         "import logging; from anomalyst.export_int8 import _import_nncf; _import_nncf(); "
+        "handler = logging.StreamHandler(); logging.getLogger('nncf').addHandler(handler); "
+        "_import_nncf(); assert handler.level == logging.NOTSET; "
         "assert type(logging.getLogger('new')) is logging.Logger"
     )
     subprocess.run([sys.executable, "-c", program], check=True)

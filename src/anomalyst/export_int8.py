@@ -95,7 +95,8 @@ def _import_nncf() -> Any:
     import nncf
 
     logging.setLoggerClass(usual)  # it makes all loggers that come after it its own, which are mute
-    nncf.set_log_level(logging.ERROR)
+    # By its name: `nncf.set_log_level` mutes every handler of it, and others may share theirs.
+    logging.getLogger("nncf").setLevel(logging.ERROR)
     return nncf
 
 

@@ -235,7 +235,9 @@ class StageTower(Tower):
         if images.device.type != "cpu" or torch.compiler.is_compiling():
             return self._maps(images)
         parts = [self._maps(some) for some in images.split(_TOGETHER)]
-        return parts[0] if len(parts) == 1 else [torch.cat(each) for each in zip(*parts, strict=True)]
+        return (
+            parts[0] if len(parts) == 1 else [torch.cat(each) for each in zip(*parts, strict=True)]
+        )
 
     def _maps(self, images: Tensor) -> list[Tensor]:
         model: Any = self.model
