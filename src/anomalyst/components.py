@@ -26,8 +26,9 @@ class Runs(NamedTuple):
     right: _IndexArray
     """Exclusive."""
     region: _IndexArray
-    """0 to ``count`` - 1, in the order in which a row-by-row reading meets them."""
-    count: int
+    """0 to ``total`` - 1, in the order in which a row-by-row reading meets them."""
+    total: int
+    """How many regions there are."""
 
 
 def find_runs(mask: BoolArray) -> Runs:
@@ -58,7 +59,7 @@ def find_runs(mask: BoolArray) -> Runs:
         left=starts - before,
         right=ends - before,
         region=np.cumsum(is_root)[roots] - 1,
-        count=int(np.count_nonzero(is_root)),
+        total=int(np.count_nonzero(is_root)),
     )
 
 
@@ -79,7 +80,7 @@ def label_regions(mask: BoolArray) -> tuple[LabelArray, int]:
     runs = find_runs(mask)
     labels = np.zeros(mask.shape, dtype=np.int32)
     labels[mask] = np.repeat(runs.region + 1, runs.right - runs.left)
-    return labels, runs.count
+    return labels, runs.total
 
 
 def _touching(

@@ -83,12 +83,12 @@ def find_regions(full_map: FloatArray, threshold: float) -> tuple[Region, ...]:
     """Return the 8-connected areas where the map exceeds ``threshold``, largest score first."""
     mask = full_map > threshold
     runs = find_runs(mask)
-    if runs.count == 0:
+    if runs.total == 0:
         return ()
     lengths = runs.right - runs.left
     peaks = np.maximum.reduceat(full_map[mask], np.cumsum(lengths) - lengths)
     order = np.argsort(runs.region, kind="stable")
-    starts = np.searchsorted(runs.region[order], np.arange(runs.count))
+    starts = np.searchsorted(runs.region[order], np.arange(runs.total))
     top = runs.row[order][starts]
     left = np.minimum.reduceat(runs.left[order], starts)
     bottom = np.maximum.reduceat(runs.row[order], starts)
@@ -106,7 +106,7 @@ def find_regions(full_map: FloatArray, threshold: float) -> tuple[Region, ...]:
             area=int(area[i]),
             score=float(peak[i]),
         )
-        for i in range(runs.count)
+        for i in range(runs.total)
     ]
     return tuple(sorted(found, key=lambda region: -region.score))
 

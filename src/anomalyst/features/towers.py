@@ -234,7 +234,7 @@ class StageTower(Tower):
     def forward(self, images: Tensor) -> list[Tensor]:
         if images.device.type != "cpu" or torch.compiler.is_compiling():
             return self._maps(images)
-        parts = [self._maps(some) for some in images.split(_TOGETHER)]
+        parts = [self._maps(some) for some in torch.split(images, _TOGETHER)]
         return (
             parts[0] if len(parts) == 1 else [torch.cat(each) for each in zip(*parts, strict=True)]
         )

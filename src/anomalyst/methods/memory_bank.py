@@ -58,7 +58,7 @@ def _blocked_max(queries: Tensor, bank: Tensor, offset: Tensor | None) -> tuple[
     """Return max and argmax over bank rows b of ``q . b + offset_b``, a block at a time."""
     if torch.compiler.is_compiling():
         return _best_of(queries, bank, offset)
-    found = [_best_of(some, bank, offset) for some in queries.split(_BLOCK)]
+    found = [_best_of(some, bank, offset) for some in torch.split(queries, _BLOCK)]
     best, index = zip(*found, strict=True)
     return torch.cat(best), torch.cat(index)
 
