@@ -239,15 +239,16 @@ class _Maker:
         feeds = list(islice(self._feeds(gate, known, size), _MEASURED))
         layers = count_layers(model)
         refused: DriftError | None = None
-        for words, spared in ATTEMPTS.items():
+        for words, find in ATTEMPTS.items():
             self.tell(f"measuring the ranges of int8, {words}")
+            spared = find(model)
             try:
                 export, parity = self._held(quantized(model, feeds, spared), gate, known, size)
             except DriftError as reason:
                 self.tell(f"refused ({reason})")
                 refused = reason
             else:
-                return export, replace(parity, int8_layers=(layers - len(spared(model)), layers))
+                return export, replace(parity, int8_layers=(layers - len(spared), layers))
         assert refused is not None
         raise refused
 

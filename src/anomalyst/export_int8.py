@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from contextlib import redirect_stdout
 from io import StringIO
 from typing import Any, cast
@@ -20,11 +20,10 @@ _WEIGHED = ("MatMul", "Gemm", "Conv")
 _ACTIVATIONS = ("Gelu", "Relu", "Elu", "Mul")  # a graph writes CLIP's as x * sigmoid(x)
 _SMOOTHING = 0.75  # NNCF's .95 leaves all of a channel's spread to the weights
 
-Spared = Callable[[onnx.ModelProto], "list[str]"]
-"""Which layers stay in float32, by name."""
 
-
-def quantized(model: onnx.ModelProto, feeds: Iterable[Feeds], spared: Spared) -> onnx.ModelProto:
+def quantized(
+    model: onnx.ModelProto, feeds: Iterable[Feeds], spared: Sequence[str]
+) -> onnx.ModelProto:
     """Return the graph with its layers in int8, ranges measured on ``feeds``, but those ``spared``.
 
     Products of two computed tensors (attention, the search among references) stay in float32:
@@ -40,7 +39,7 @@ def quantized(model: onnx.ModelProto, feeds: Iterable[Feeds], spared: Spared) ->
             model_type=nncf.ModelType.TRANSFORMER,
             subset_size=len(given),
             ignored_scope=nncf.IgnoredScope(
-                names=_without_weights(model) + spared(model), validate=False
+                names=[*_without_weights(model), *spared], validate=False
             ),
             advanced_parameters=nncf.AdvancedQuantizationParameters(smooth_quant_alphas=smoothing),
         )
@@ -72,11 +71,11 @@ def behind_activations(model: onnx.ModelProto) -> list[str]:
     ]
 
 
-ATTEMPTS: dict[str, Spared] = {
+ATTEMPTS: dict[str, Callable[[onnx.ModelProto], list[str]]] = {
     "all layers but the first": first_layers,
     "all but those behind an activation, too": lambda m: first_layers(m) + behind_activations(m),
 }
-"""What is tried, quickest first, until the gate lets one pass."""
+"""Which layers stay in float32, by name; quickest first, until the gate lets one pass."""
 
 
 def count_layers(model: onnx.ModelProto) -> int:
