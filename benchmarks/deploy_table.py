@@ -7,9 +7,11 @@
 
 What is timed is `predict` on image files, from decoding to verdict, and the backbone alone on
 tensors that are ready, in turn: all of one size, batch and number of threads in every round. The
-ratio is the median of the rounds' own. Weights are drawn at random, which costs the same, and the
-heads that a training would shape are as they start; NAGL is the shipped generalist. Sizes are
-brought to the backbone's next step. IIPAD's ViT-L leaves room for one runtime a run in 24 GiB.
+ratio is the median of the rounds' own. Where the method needs the backbone's first blocks alone,
+the bare backbone stops there too; `whole` is the pass of all its blocks. Weights are drawn at
+random, which costs the same, and the heads that a training would shape are as they start; NAGL is
+the shipped generalist. Sizes are brought to the backbone's next step. IIPAD's ViT-L leaves room
+for one runtime a run in 24 GiB.
 """
 
 from __future__ import annotations
@@ -31,6 +33,8 @@ from anomalyst.data.layouts import Dataset
 from anomalyst.export import export_bundle
 from anomalyst.export_graph import as_onnx, as_openvino
 from anomalyst.features.backbones import find_backbone
+from anomalyst.features.clip import ClipTower
+from anomalyst.features.extractor import Backbone
 from anomalyst.features.random_weights import random_weights
 from anomalyst.generalist import load_generalist
 from anomalyst.methods.base import find_method
@@ -55,11 +59,11 @@ FORMATS = {"onnxruntime": "onnx", "openvino": "openvino"}
 
 
 class Bare(torch.nn.Module):
-    """The pass that the others are multiples of, as a graph."""
+    """A pass that the others are multiples of, as a graph."""
 
-    def __init__(self, detector: Detector) -> None:
+    def __init__(self, backbone: Backbone) -> None:
         super().__init__()
-        self.backbone = detector.engine.backbone
+        self.backbone = backbone
 
     def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
         found = bare_pass(self.backbone, image)
@@ -93,10 +97,20 @@ def make_detector(method: str, size: int, data: Dataset, folder: Path) -> Detect
     return detector
 
 
-def bare_graph(detector: Detector, side: int) -> Any:
-    """Return the backbone alone, for any batch of that size."""
+def bare_backbones(detector: Detector, folder: Path) -> dict[str, Backbone]:
+    """Return the backbone, and with all its blocks where the method stops before the last."""
+    backbone = detector.engine.backbone
+    found, last = {"bare": backbone}, backbone.spec.taps - 1
+    if not isinstance(backbone.tower, ClipTower) and max(backbone.layers) < last:
+        weights = f"file:{folder / f'{backbone.spec.id}.safetensors'}"
+        found["whole"] = Backbone.load(backbone.spec.id, [last], weights=weights)
+    return found
+
+
+def bare_graph(backbone: Backbone, side: int) -> Any:
+    """Return a backbone alone, for any batch of that size."""
     batch = {0: torch.export.Dim("batch")}
-    module = Bare(detector).eval()
+    module = Bare(backbone).eval()
     with torch.no_grad():
         program = torch.export.export(
             module, (torch.zeros(5, 3, side, side),), dynamic_shapes=(batch,), strict=False
@@ -106,31 +120,53 @@ def bare_graph(detector: Detector, side: int) -> Any:
         ).model_proto
 
 
+Work = Callable[[np.ndarray], object]
+
+
 def contenders(
-    detector: Detector, exports: dict[str, tuple[Path, Any]], threads: int, runtimes: Sequence[str]
-) -> dict[str, tuple[Any, Callable[[np.ndarray], object]]]:
-    """Return by runtime what predicts, and the bare pass."""
+    bare: dict[str, Backbone],
+    detector: Detector,
+    exports: dict[str, tuple[Path, dict[str, Any]]],
+    threads: int,
+    runtimes: Sequence[str],
+) -> dict[str, tuple[Any, dict[str, Work]]]:
+    """Return by runtime what predicts, and the bare passes by name."""
     found: dict[str, Any] = {}
     if "torch" in runtimes:
-        backbone = detector.engine.backbone
-        found["torch"] = (detector, lambda x: bare_pass(backbone, torch.from_numpy(x)))
-    for engine, (export, bare) in exports.items():
-        alone = ENGINES[engine](bare, threads)
-        runtime = Runtime.load(export, threads=threads)
-        found[engine] = (runtime, lambda x, alone=alone: alone.run({"image": x}))
+        found["torch"] = detector, {name: in_torch(each) for name, each in bare.items()}
+    for engine, (export, graphs) in exports.items():
+        passes = {name: in_engine(engine, each, threads) for name, each in graphs.items()}
+        found[engine] = Runtime.load(export, threads=threads), passes
     return found
 
 
+def in_torch(backbone: Backbone) -> Work:
+    return lambda images: bare_pass(backbone, torch.from_numpy(images))
+
+
+def in_engine(name: str, files: Any, threads: int) -> Work:
+    engine = ENGINES[name](files, threads)
+    return lambda images: engine.run({"image": images})
+
+
 def exported(
-    detector: Detector, side: int, paths: list[Path], folder: Path, runtimes: Sequence[str]
-) -> dict[str, tuple[Path, Any]]:
-    """Return by engine the export, and the bare pass as a file of that engine."""
-    found: dict[str, tuple[Path, Any]] = {}
+    bare: dict[str, Backbone],
+    detector: Detector,
+    side: int,
+    paths: list[Path],
+    folder: Path,
+    runtimes: Sequence[str],
+) -> dict[str, tuple[Path, dict[str, Any]]]:
+    """Return by engine the export, and the bare passes as files of that engine."""
+    found: dict[str, tuple[Path, dict[str, Any]]] = {}
     for engine in FORMATS.keys() & set(runtimes):
         format = FORMATS[engine]
         path = export_bundle(detector, folder / format, paths[:2], format=format, size=(side, side))
-        bare = bare_graph(detector, side)
-        found[engine] = path, (as_onnx(bare),) if format == "onnx" else as_openvino(bare)
+        graphs = {name: bare_graph(each, side) for name, each in bare.items()}
+        found[engine] = (
+            path,
+            {n: (as_onnx(g),) if format == "onnx" else as_openvino(g) for n, g in graphs.items()},
+        )
     return found
 
 
@@ -142,55 +178,61 @@ def rows(method: str, size: int, data: Dataset, paths: list[Path], options: Any)
         preprocess = detector.engine.preprocess
         tensors = np.stack([preprocess(read_image(path)) for path in paths])
         side = tensors.shape[-1]
-        exports = exported(detector, side, paths, folder, options.runtimes)
+        bare = bare_backbones(detector, folder)
+        exports = exported(bare, detector, side, paths, folder, options.runtimes)
         for threads in options.threads:
             torch.set_num_threads(threads)
-            ready = contenders(detector, exports, threads, options.runtimes)
+            ready = contenders(bare, detector, exports, threads, options.runtimes)
             for batch in options.batches:
                 times = measure(ready, tensors, paths, batch, options.rounds)
-                for runtime, pairs in times.items():
-                    yield {
+                for runtime, rounds in times.items():
+                    ours = [each["predict"] for each in rounds]
+                    row = {
                         "method": method,
                         "backbone": detector.engine.backbone.spec.id,
                         "size": side,
                         "batch": batch,
                         "threads": threads,
                         "runtime": runtime,
-                        "predict_s": statistics.median(p for p, _ in pairs),
-                        "bare_s": statistics.median(b for _, b in pairs),
-                        "ratio": statistics.median(p / b for p, b in pairs),
+                        "predict_s": statistics.median(ours),
                     }
+                    for key in bare:
+                        alone = [each[key] for each in rounds]
+                        ratios = [a / b for a, b in zip(ours, alone, strict=True)]
+                        row[f"{key}_s"] = statistics.median(alone)
+                        row["ratio" if key == "bare" else f"{key}_ratio"] = statistics.median(
+                            ratios
+                        )
+                    yield row
 
 
 def measure(
     ready: dict[str, Any], tensors: np.ndarray, paths: list[Path], batch: int, rounds: int
-) -> dict[str, list[tuple[float, float]]]:
-    """Return seconds an image of predicting and of the bare pass, a pair a round and runtime.
+) -> dict[str, list[dict[str, float]]]:
+    """Return seconds an image of predicting and of the bare passes, by runtime and round.
 
     A first round warms up, but for methods that take over a second an image: there it counts.
     """
     count = 3 if batch == 1 else batch
     some, inputs = paths[:count], tensors[:count]
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in ready}
+    parts = [inputs[k : k + batch] for k in range(0, count, batch)]
+    times: dict[str, list[dict[str, float]]] = {name: [] for name in ready}
     for number in range(rounds + 1):
-        for name, (judge, alone) in ready.items():
+        for name, (judge, passes) in ready.items():
+            work: dict[str, Callable[[], object]] = {
+                "predict": lambda judge=judge: list(judge.predict(some, batch_size=batch))
+            }
+            for key, alone in passes.items():
+                work[key] = lambda alone=alone: [alone(part) for part in parts]
             with torch.inference_mode():
-                pair = (
-                    seconds(lambda judge=judge: list(judge.predict(some, batch_size=batch))),
-                    seconds(
-                        lambda alone=alone: [
-                            alone(inputs[k : k + batch]) for k in range(0, count, batch)
-                        ]
-                    ),
-                )
-            times[name].append((pair[0] / count, pair[1] / count))
-        if number + 1 == rounds and min(pairs[0][0] for pairs in times.values()) > 1:
+                times[name].append({key: seconds(each) / count for key, each in work.items()})
+        if number + 1 == rounds and min(each[0]["predict"] for each in times.values()) > 1:
             return times
-    return {name: pairs[1:] for name, pairs in times.items()}
+    return {name: each[1:] for name, each in times.items()}
 
 
 def show(file: Path) -> None:
-    """Print the rows as one table a method: milliseconds an image and multiples."""
+    """Print the rows as one table: milliseconds an image, multiples (of all blocks)."""
     found = [json.loads(line) for line in file.read_text().splitlines()]
     keys = ("method", "backbone", "size", "batch", "threads")
     print("| method | size | batch | threads | torch | ONNX Runtime | OpenVINO |")
@@ -198,6 +240,8 @@ def show(file: Path) -> None:
     cells: dict[tuple[Any, ...], dict[str, str]] = {}
     for row in found:
         cell = f"{row['predict_s'] * 1000:.0f} ms, {row['ratio']:.2f} x"
+        if "whole_ratio" in row:
+            cell += f" ({row['whole_ratio']:.2f})"
         cells.setdefault(tuple(row[key] for key in keys), {})[row["runtime"]] = cell
     for (method, _, size, batch, threads), each in cells.items():
         line = " | ".join(each.get(name, "") for name in ("torch", *FORMATS))

@@ -2,7 +2,7 @@
 
 Gao, ECCV 2024, arXiv 2505.09264; You et al., NeurIPS 2022, arXiv 2206.03687. All tokens are
 ``[B, L, d]`` in row order, attention is standard multi-head attention with position code P added to
-queries and keys, layer norm follows each residual, and M is the neighbour mask.
+queries and keys, layer norm follows each residual, and M, added to logits, the neighbour mask.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from torch.nn import functional
 
 
 def neighbour_mask(grid: tuple[int, int]) -> Tensor | None:
-    """Return which tokens may not see each other, bool ``[L, L]``, of a grid of L = h w patches.
+    """Return what hides tokens from each other, ``[L, L]``, in a grid of L = h w patches.
 
-    True within ``(h // 2) // 2`` rows and ``(w // 2) // 2`` columns, a patch itself included: a
-    patch can only be rebuilt from what lies further away. None for a single patch.
+    Minus infinity within ``(h // 2) // 2`` rows and ``(w // 2) // 2`` columns, a patch itself
+    included, else 0: a patch can only be rebuilt from what lies further away. None for a single
+    patch.
     """
     height, width = grid
     if isinstance(height, int) and height * width == 1:
@@ -28,7 +29,8 @@ def neighbour_mask(grid: tuple[int, int]) -> Tensor | None:
     columns = torch.arange(width).expand(height, -1).flatten()
     near_rows = (rows[:, None] - rows).abs() <= height // 2 // 2
     near_columns = (columns[:, None] - columns).abs() <= width // 2 // 2
-    return near_rows & near_columns
+    # Not bool, of which attention would make this anew in every layer.
+    return torch.where(near_rows & near_columns, -torch.inf, 0.0)
 
 
 def resized(maps: Tensor, grid: Sequence[int]) -> Tensor:
@@ -96,9 +98,10 @@ class Attention(nn.Module):
             .transpose(1, 2)
             for each in shares
         )  # (B, L, d) -> (B, heads, L, d / heads)
-        seen = None if mask is None else ~mask
+        # Of another type than the query's, torch takes a mask, and reads it wrong.
+        mask = None if mask is None else mask.to(asking.dtype)
         drop = own.dropout if self.training else 0.0
-        read = functional.scaled_dot_product_attention(asking, asked, told, seen, drop)
+        read = functional.scaled_dot_product_attention(asking, asked, told, mask, drop)
         found: Tensor = own.out_proj(read.transpose(1, 2).flatten(2))
         return found
 
