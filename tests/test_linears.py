@@ -10,9 +10,11 @@ from torch import Tensor
 from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 
+from anomalyst import Detector
 from anomalyst.features import linears
 from anomalyst.features.linears import QuickLinears
 from anomalyst.profiling_meter import count_flops
+from conftest import TINY, texture
 
 pytestmark = pytest.mark.skipif(
     not linears._THERE,
@@ -97,3 +99,13 @@ def test_its_flops_are_counted() -> None:
             layer(rows)
 
     assert count_flops(quick) == 2 * (2 * 5) * 8 * 6
+
+
+@pytest.mark.parametrize("method", ["patchcore", "anomaly-dino"])
+def test_all_of_a_prediction_is_computed_so(method: str, tiny_weights: str) -> None:
+    """Outside inference mode, as users call it: gradients would keep oneDNN out of the search."""
+    detector = Detector(method, backbone=TINY, weights=tiny_weights, image_size=96)
+    detector.enroll("plate", [texture(0)])
+    found = runs(lambda: list(detector.predict([texture(1)])))
+    assert "mkldnn::_linear_pointwise" in found
+    assert not found & {"aten::linear", "aten::addmm"}

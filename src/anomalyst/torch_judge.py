@@ -59,10 +59,12 @@ class TorchJudge:
         return self._detector.index.compare(descriptors)
 
     def look(self, items: Sequence[Item], likely: str | None) -> TorchGlance:
+        import torch
+
         from anomalyst.features.linears import QuickLinears
 
         features = self._detector.engine.features(items)
-        with QuickLinears():
+        with torch.inference_mode(), QuickLinears():
             return TorchGlance(self._detector, self._detector.method.encode(features))
 
 
@@ -81,11 +83,13 @@ class TorchGlance:
         return described(self._features)
 
     def score(self, at: Sequence[int], category: str | None) -> tuple[FloatArray, Sequence[float]]:
+        import torch
+
         from anomalyst.features.linears import QuickLinears
 
         whole = len(at) == len(self._features[-1])
         part = self._features if whole else [maps[list(at)] for maps in self._features]
-        with QuickLinears():
+        with torch.inference_mode(), QuickLinears():
             maps, scores = self._detector.method.score(part, category)
         values: FloatArray = maps.cpu().numpy()
         return values, scores.tolist()
