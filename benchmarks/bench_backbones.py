@@ -5,7 +5,7 @@
 Both of one depth, weights drawn at random, in turn: by threads and batch the median milliseconds an
 image and the median of the rounds' ratios. `Backbone` computes linear layers with oneDNN
 (`features/linears.py`), CLIP's attention written out (`features/attention.py`), and convolutions
-with the channels of a pixel together.
+with the channels of a pixel together and batch norms inside (`features/folding.py`).
 """
 
 from __future__ import annotations
@@ -37,15 +37,16 @@ def clip() -> Network:
     return model.eval().visual
 
 
-def resnet() -> Network:
-    return timm.create_model("resnet18", features_only=True, out_indices=(2, 3)).eval()
+def stages(name: str, *layers: int) -> Network:
+    return timm.create_model(name, features_only=True, out_indices=layers).eval()
 
 
 # Our name, side in pixels, taps, and the library's network.
 NETWORKS = [
     ("dinov2-small", 280, [11], dinov2),
     ("clip-vit-b-16-plus-240", 240, [11], clip),
-    ("timm:resnet18", 288, [2, 3], resnet),
+    ("timm:resnet18", 288, [2, 3], lambda: stages("resnet18", 2, 3)),
+    ("efficientnet-b4", 224, [0, 1, 2, 3], lambda: stages("efficientnet_b4", 0, 1, 2, 3)),
 ]
 
 

@@ -4,6 +4,7 @@
         [--threads 1 2] [--runtimes torch onnxruntime openvino] [--rounds 3]
         [--data ../shared/data/mvtec] -o deploy.jsonl
     python benchmarks/deploy_table.py --show deploy.jsonl
+    python benchmarks/deploy_table.py [METHOD...] [--sizes 224 280 392] --arithmetic
 
 What is timed is `predict` on image files, from decoding to verdict, and the backbone alone on
 tensors that are ready, in turn: all of one size, batch and number of threads in every round. The
@@ -11,7 +12,8 @@ ratio is the median of the rounds' own. Where the method needs the backbone's fi
 the bare backbone stops there too; `whole` is the pass of all its blocks. Weights are drawn at
 random, which costs the same, and the heads that a training would shape are as they start; NAGL is
 the shipped generalist. Sizes are brought to the backbone's next step. IIPAD's ViT-L leaves room
-for one runtime a run in 24 GiB.
+for one runtime a run in 24 GiB. `--arithmetic` counts multiply-adds in place of time: what the
+multiples would be if all of them took equally long and nothing else took any.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ from anomalyst.features.extractor import Backbone
 from anomalyst.features.random_weights import random_weights
 from anomalyst.generalist import load_generalist
 from anomalyst.methods.base import find_method
-from anomalyst.profiling_meter import bare_pass
+from anomalyst.profiling_meter import bare_pass, count_flops
 from anomalyst.runtime import Runtime
 from anomalyst.runtime.engines import ENGINES
 from timing import seconds
@@ -224,11 +226,24 @@ def measure(
             }
             for key, alone in passes.items():
                 work[key] = lambda alone=alone: [alone(part) for part in parts]
-            with torch.inference_mode():
-                times[name].append({key: seconds(each) / count for key, each in work.items()})
+            times[name].append({key: seconds(each) / count for key, each in work.items()})
         if number + 1 == rounds and min(each[0]["predict"] for each in times.values()) > 1:
             return times
     return {name: each[1:] for name, each in times.items()}
+
+
+def count(method: str, size: int, data: Dataset, path: Path) -> str:
+    """Return the cell of one image's multiply-adds, as multiples of the bare backbones'."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        detector = make_detector(method, size, data, folder)
+        images = torch.from_numpy(detector.engine.preprocess(read_image(path)))[None]
+        bare = bare_backbones(detector, folder)
+        list(detector.predict([path]))  # what is computed once has been by now
+        ours = count_flops(lambda: list(detector.predict([path])))
+        alone = [count_flops(lambda each=each: bare_pass(each, images)) for each in bare.values()]
+    first, *whole = (f"{ours / each:.2f}" for each in alone)
+    return f"{first} ({whole[0]})" if whole else first
 
 
 def show(file: Path) -> None:
@@ -260,12 +275,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--scratch", type=Path, help="where exports go meanwhile")
     parser.add_argument("-o", "--output", type=Path)
     parser.add_argument("--show", type=Path)
+    parser.add_argument("--arithmetic", action="store_true")
     options = parser.parse_args(arguments)
     if options.show:
         return show(options.show)
     data = load_dataset(options.data, categories=["bottle"])
     paths = [sample.path for sample in data.test][: max(3, *options.batches)]
-    for method in options.methods or METHODS:
+    methods = options.methods or list(METHODS)
+    if options.arithmetic:
+        for method in methods:
+            cells = [count(method, size, data, paths[0]) for size in options.sizes]
+            print(f"| {method} | {' | '.join(cells)} |", flush=True)
+        return None
+    for method in methods:
         for size in options.sizes:
             for row in rows(method, size, data, paths, options):
                 line = json.dumps(row)
