@@ -7,13 +7,13 @@
     python benchmarks/deploy_table.py [METHOD...] [--sizes 224 280 392] --arithmetic
 
 What is timed is `predict` on image files, from decoding to verdict, and the backbone alone on
-tensors that are ready, in turn: all of one size, batch and number of threads in every round. The
-ratio is the median of the rounds' own. Where the method needs the backbone's first blocks alone,
-the bare backbone stops there too; `whole` is the pass of all its blocks. Weights are drawn at
-random, which costs the same, and the heads that a training would shape are as they start; NAGL is
-the shipped generalist. Sizes are brought to the backbone's next step. IIPAD's ViT-L leaves room
-for one runtime a run in 24 GiB. `--arithmetic` counts multiply-adds in place of time: what the
-multiples would be if all of them took equally long and nothing else took any.
+tensors that are ready, in turn in every round; the ratio is the median of the rounds' own. Where
+the method needs the backbone's first blocks alone, the bare backbone stops there too; `whole` is
+the pass of all its blocks. Weights are drawn at random, which costs the same, and the heads that a
+training would shape are as they start; NAGL is the shipped generalist. Sizes are brought to the
+backbone's next step. IIPAD's ViT-L leaves room for one runtime a run in 24 GiB. `--arithmetic`
+counts multiply-adds in place of time: what the multiples would be if all of them took equally long
+and nothing else took any.
 """
 
 from __future__ import annotations
@@ -102,10 +102,12 @@ def make_detector(method: str, size: int, data: Dataset, folder: Path) -> Detect
 def bare_backbones(detector: Detector, folder: Path) -> dict[str, Backbone]:
     """Return the backbone, and with all its blocks where the method stops before the last."""
     backbone = detector.engine.backbone
-    found, last = {"bare": backbone}, backbone.spec.taps - 1
-    if not isinstance(backbone.tower, ClipTower) and max(backbone.layers) < last:
-        weights = f"file:{folder / f'{backbone.spec.id}.safetensors'}"
-        found["whole"] = Backbone.load(backbone.spec.id, [last], weights=weights)
+    found = {"bare": backbone}
+    # The packaged network ends with the last block that its methods need.
+    spec = find_backbone(backbone.spec.id.removesuffix("-packaged"))
+    if not isinstance(backbone.tower, ClipTower) and max(backbone.layers) < spec.taps - 1:
+        weights = random_weights(spec.id, folder / "whole.safetensors")
+        found["whole"] = Backbone.load(spec.id, [spec.taps - 1], weights=weights)
     return found
 
 
@@ -125,23 +127,6 @@ def bare_graph(backbone: Backbone, side: int) -> Any:
 Work = Callable[[np.ndarray], object]
 
 
-def contenders(
-    bare: dict[str, Backbone],
-    detector: Detector,
-    exports: dict[str, tuple[Path, dict[str, Any]]],
-    threads: int,
-    runtimes: Sequence[str],
-) -> dict[str, tuple[Any, dict[str, Work]]]:
-    """Return by runtime what predicts, and the bare passes by name."""
-    found: dict[str, Any] = {}
-    if "torch" in runtimes:
-        found["torch"] = detector, {name: in_torch(each) for name, each in bare.items()}
-    for engine, (export, graphs) in exports.items():
-        passes = {name: in_engine(engine, each, threads) for name, each in graphs.items()}
-        found[engine] = Runtime.load(export, threads=threads), passes
-    return found
-
-
 def in_torch(backbone: Backbone) -> Work:
     return lambda images: bare_pass(backbone, torch.from_numpy(images))
 
@@ -151,29 +136,34 @@ def in_engine(name: str, files: Any, threads: int) -> Work:
     return lambda images: engine.run({"image": images})
 
 
-def exported(
-    bare: dict[str, Backbone],
+def contenders(
+    runtime: str,
     detector: Detector,
-    side: int,
+    bare: dict[str, Backbone],
     paths: list[Path],
+    side: int,
     folder: Path,
-    runtimes: Sequence[str],
-) -> dict[str, tuple[Path, dict[str, Any]]]:
-    """Return by engine the export, and the bare passes as files of that engine."""
-    found: dict[str, tuple[Path, dict[str, Any]]] = {}
-    for engine in FORMATS.keys() & set(runtimes):
-        format = FORMATS[engine]
-        path = export_bundle(detector, folder / format, paths[:2], format=format, size=(side, side))
-        graphs = {name: bare_graph(each, side) for name, each in bare.items()}
-        found[engine] = (
-            path,
-            {n: (as_onnx(g),) if format == "onnx" else as_openvino(g) for n, g in graphs.items()},
-        )
-    return found
+) -> Callable[[int], tuple[Any, dict[str, Work]]]:
+    """Return what gives, for a number of threads, what predicts and the bare passes by name."""
+    if runtime == "torch":
+        return lambda _: (detector, {name: in_torch(each) for name, each in bare.items()})
+    format = FORMATS[runtime]
+    export = export_bundle(detector, folder / format, paths[:2], format=format, size=(side, side))
+    graphs = {name: bare_graph(each, side) for name, each in bare.items()}
+    files = {n: (as_onnx(g),) if format == "onnx" else as_openvino(g) for n, g in graphs.items()}
+
+    def load(threads: int) -> tuple[Any, dict[str, Work]]:
+        passes = {name: in_engine(runtime, each, threads) for name, each in files.items()}
+        return Runtime.load(export, threads=threads), passes
+
+    return load
 
 
 def rows(method: str, size: int, data: Dataset, paths: list[Path], options: Any) -> Iterator[dict]:
-    """Yield one row a batch, number of threads and runtime."""
+    """Yield one row a runtime, number of threads and batch.
+
+    One runtime is loaded at a time: the idle threads of another would spin beside it.
+    """
     with tempfile.TemporaryDirectory(dir=options.scratch) as name:
         folder = Path(name)
         detector = make_detector(method, size, data, folder)
@@ -181,55 +171,59 @@ def rows(method: str, size: int, data: Dataset, paths: list[Path], options: Any)
         tensors = np.stack([preprocess(read_image(path)) for path in paths])
         side = tensors.shape[-1]
         bare = bare_backbones(detector, folder)
-        exports = exported(bare, detector, side, paths, folder, options.runtimes)
-        for threads in options.threads:
-            torch.set_num_threads(threads)
-            ready = contenders(bare, detector, exports, threads, options.runtimes)
-            for batch in options.batches:
-                times = measure(ready, tensors, paths, batch, options.rounds)
-                for runtime, rounds in times.items():
-                    ours = [each["predict"] for each in rounds]
-                    row = {
+        for runtime in options.runtimes:
+            load = contenders(runtime, detector, bare, paths, side, folder)
+            for threads in options.threads:
+                torch.set_num_threads(threads)
+                judge, passes = load(threads)
+                for batch in options.batches:
+                    rounds = measure(judge, passes, tensors, paths, batch, options.rounds)
+                    yield {
                         "method": method,
                         "backbone": detector.engine.backbone.spec.id,
                         "size": side,
                         "batch": batch,
                         "threads": threads,
                         "runtime": runtime,
-                        "predict_s": statistics.median(ours),
+                        **summary(rounds),
                     }
-                    for key in bare:
-                        alone = [each[key] for each in rounds]
-                        ratios = [a / b for a, b in zip(ours, alone, strict=True)]
-                        row[f"{key}_s"] = statistics.median(alone)
-                        row["ratio" if key == "bare" else f"{key}_ratio"] = statistics.median(
-                            ratios
-                        )
-                    yield row
+                del judge, passes
 
 
 def measure(
-    ready: dict[str, Any], tensors: np.ndarray, paths: list[Path], batch: int, rounds: int
-) -> dict[str, list[dict[str, float]]]:
-    """Return seconds an image of predicting and of the bare passes, by runtime and round.
+    judge: Any,
+    passes: dict[str, Work],
+    tensors: np.ndarray,
+    paths: list[Path],
+    batch: int,
+    rounds: int,
+) -> list[dict[str, float]]:
+    """Return seconds an image of predicting and of the bare passes, by round.
 
     A first round warms up, but for methods that take over a second an image: there it counts.
     """
     count = 3 if batch == 1 else batch
-    some, inputs = paths[:count], tensors[:count]
-    parts = [inputs[k : k + batch] for k in range(0, count, batch)]
-    times: dict[str, list[dict[str, float]]] = {name: [] for name in ready}
-    for number in range(rounds + 1):
-        for name, (judge, passes) in ready.items():
-            work: dict[str, Callable[[], object]] = {
-                "predict": lambda judge=judge: list(judge.predict(some, batch_size=batch))
-            }
-            for key, alone in passes.items():
-                work[key] = lambda alone=alone: [alone(part) for part in parts]
-            times[name].append({key: seconds(each) / count for key, each in work.items()})
-        if number + 1 == rounds and min(each[0]["predict"] for each in times.values()) > 1:
+    parts = [tensors[k : k + batch] for k in range(0, count, batch)]
+    works: dict[str, Callable[[], object]] = {
+        "predict": lambda: list(judge.predict(paths[:count], batch_size=batch))
+    }
+    for name, alone in passes.items():
+        works[name] = lambda alone=alone: [alone(part) for part in parts]
+    times: list[dict[str, float]] = []
+    while len(times) <= rounds:
+        times.append({name: seconds(work) / count for name, work in works.items()})
+        if len(times) == rounds and times[0]["predict"] > 1:
             return times
-    return {name: each[1:] for name, each in times.items()}
+    return times[1:]
+
+
+def summary(rounds: list[dict[str, float]]) -> dict[str, float]:
+    """Return medians: seconds of each, and predicting as multiples of the bare passes."""
+    found = {f"{name}_s": statistics.median(each[name] for each in rounds) for name in rounds[0]}
+    for name in rounds[0].keys() - {"predict"}:
+        ratio = statistics.median(each["predict"] / each[name] for each in rounds)
+        found["ratio" if name == "bare" else f"{name}_ratio"] = ratio
+    return found
 
 
 def count(method: str, size: int, data: Dataset, path: Path) -> str:

@@ -23,7 +23,12 @@ def _fold(module: nn.Module) -> bool:
     found = False
     before: tuple[str, nn.Module] | None = None
     for name, child in list(module.named_children()):
-        if isinstance(child, nn.BatchNorm2d) and before and isinstance(before[1], nn.Conv2d):
+        if (
+            isinstance(child, nn.BatchNorm2d)
+            and child.track_running_stats
+            and before
+            and isinstance(before[1], nn.Conv2d)
+        ):
             setattr(module, before[0], fuse_conv_bn_eval(before[1], child))
             # timm's batch norm may have the activation inside.
             setattr(module, name, getattr(child, "act", nn.Identity()))

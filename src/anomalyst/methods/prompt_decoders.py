@@ -25,12 +25,12 @@ def neighbour_mask(grid: tuple[int, int]) -> Tensor | None:
     height, width = grid
     if isinstance(height, int) and height * width == 1:
         return None  # it has no neighbours, and nothing else to look at
-    rows = torch.arange(height)[:, None].expand(-1, width).flatten()
-    columns = torch.arange(width).expand(height, -1).flatten()
+    rows, columns = torch.arange(height), torch.arange(width)
     near_rows = (rows[:, None] - rows).abs() <= height // 2 // 2
     near_columns = (columns[:, None] - columns).abs() <= width // 2 // 2
+    near = near_rows[:, None, :, None] & near_columns[:, None]  # (h, w, h, w)
     # Not bool, of which attention would make this anew in every layer.
-    return torch.where(near_rows & near_columns, -torch.inf, 0.0)
+    return torch.where(near, -torch.inf, 0.0).reshape(height * width, height * width)
 
 
 def resized(maps: Tensor, grid: Sequence[int]) -> Tensor:
