@@ -91,3 +91,21 @@ def test_a_network_that_folding_would_change_stays_as_it_is() -> None:
     tower.adopt(dict(model.state_dict()))
     assert norms(tower.model) == 1
     torch.testing.assert_close(tower(images)[0], expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "name",
+    [
+        "halonet26t",  # takes no small image, so that nothing tells whether folding errs
+        "lambda_resnet26t",  # has 3-d convolutions, and norms declared behind others' convolutions
+    ],
+)
+def test_networks_of_unusual_build_give_the_same_maps(name: str) -> None:
+    model = livened(timm.create_model(name, num_classes=0))
+    images = torch.randn(1, 3, 256, 256, generator=torch.Generator().manual_seed(0))
+    backbone = Backbone.from_state(f"timm:{name}", (3,), model.state_dict())
+    (expected,) = model.forward_intermediates(images, indices=[3], intermediates_only=True)
+    rounding = 1e-5 * float(expected.abs().max())
+    torch.testing.assert_close(backbone(images)[0], expected, rtol=0, atol=rounding)
+    assert norms(backbone.tower.model) > 0

@@ -28,6 +28,7 @@ def _fold(module: nn.Module) -> bool:
             and child.track_running_stats
             and before
             and isinstance(before[1], nn.Conv2d)
+            and before[1].out_channels == child.num_features
         ):
             setattr(module, before[0], fuse_conv_bn_eval(before[1], child))
             # timm's batch norm may have the activation inside.

@@ -240,7 +240,9 @@ class StageTower(Tower):
         super().adopt(tensors)
         self._fold(tensors)
         # Convolutions are a third quicker where the channels of a pixel lie together.
-        self.model.to(memory_format=torch.channels_last)
+        for each in self.model.modules():
+            if isinstance(each, nn.Conv2d):
+                each.to(memory_format=torch.channels_last)
 
     @torch.no_grad()
     def _fold(self, tensors: Mapping[str, Tensor]) -> None:
@@ -250,7 +252,10 @@ class StageTower(Tower):
         if twin is None:
             return
         probe = torch.linspace(-2, 2, 3 * _PROBE**2).reshape(1, 3, _PROBE, _PROBE)
-        expected = self._maps(probe)
+        try:
+            expected = self._maps(probe)
+        except (AssertionError, RuntimeError):  # a few networks take no image that small
+            return
         self.model = twin
         for mine, theirs in zip(self._maps(probe), expected, strict=True):
             if not torch.allclose(mine, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max())):
