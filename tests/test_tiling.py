@@ -142,7 +142,7 @@ def test_batches_of_tiles_are_bounded() -> None:
     large = Preprocess(1344, 14, IMAGENET_MEAN, IMAGENET_STD, tiling=Tiling(448))
     item = read_item(np.zeros((30, 45, 3), np.uint8), "x", large)
     sizes = [len(parts) for _, parts in network_inputs(item, large)]
-    assert max(sizes) == 8 and sum(sizes) == len(large.tiles(1344, 2016))
+    assert max(sizes) == 2 and sum(sizes) == len(large.tiles(1344, 2016))
 
 
 def test_the_overview_is_the_whole_image_at_the_size_of_a_tile() -> None:

@@ -22,7 +22,7 @@ from anomalyst.types import BoolArray, ByteArray, FloatArray, Sample
 ImageSource = Sample | Path | str | bytes | ByteArray
 SOURCES = "give a path, bytes, a uint8 array or a Sample"
 
-_BATCH_PIXELS = 8 * 448**2  # of the tiles that go through the network together
+_BATCH_PIXELS = 2 * 448**2  # of the tiles that go through the network together: memory is dear
 
 
 @dataclass(frozen=True)
