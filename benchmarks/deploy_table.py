@@ -39,8 +39,9 @@ from anomalyst.features.clip import ClipTower
 from anomalyst.features.extractor import Backbone
 from anomalyst.features.random_weights import random_weights
 from anomalyst.generalist import load_generalist
-from anomalyst.methods.base import TrainedMethod, find_method
+from anomalyst.methods.base import find_method
 from anomalyst.profiling_meter import bare_pass, count_flops
+from anomalyst.profiling_stages import held_still
 from anomalyst.runtime import Runtime
 from anomalyst.runtime.engines import ENGINES
 from timing import seconds
@@ -233,10 +234,9 @@ def count(method: str, size: int, data: Dataset, path: Path) -> str:
         detector = make_detector(method, size, data, folder)
         images = torch.from_numpy(detector.engine.preprocess(read_image(path)))[None]
         bare = bare_backbones(detector, folder)
-        if isinstance(detector.method, TrainedMethod):  # torch's counter follows gradients
-            detector.method.network.requires_grad_(False)
         list(detector.predict([path]))  # what is computed once has been by now
-        ours = count_flops(lambda: list(detector.predict([path])))
+        with held_still(detector.method):
+            ours = count_flops(lambda: list(detector.predict([path])))
         alone = [count_flops(lambda each=each: bare_pass(each, images)) for each in bare.values()]
     first, *whole = (f"{ours / each:.2f}" for each in alone)
     return f"{first} ({whole[0]})" if whole else first

@@ -124,14 +124,14 @@ def flops_of(detector: Detector) -> tuple[int, int]:
     """Return the flops of one image: of the backbone alone, and of the judging beyond that."""
     image = _parts(detector).good(0, _TO_JUDGE)
     tensors = _tensors(detector, [image])
-    with _held_still(detector.method):
+    with held_still(detector.method):
         bare = count_flops(partial(bare_pass, detector.engine.backbone, tensors))
         _judge(detector, [image])  # what is computed once a category is no cost of an image
         return bare, count_flops(partial(_judge, detector, [image])) - bare
 
 
 @contextmanager
-def _held_still(method: Method) -> Iterator[None]:
+def held_still(method: Method) -> Iterator[None]:
     """Switch gradients off: torch's counter follows them, and stumbles in inference mode."""
     network = method.network.parameters() if isinstance(method, TrainedMethod) else ()
     moving = [parameter for parameter in network if parameter.requires_grad]
